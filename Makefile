@@ -1,0 +1,40 @@
+# Everything here sets itself up: `make demo` and `make test` work on a fresh machine.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: demo test lint types bench clean
+
+demo: $(VENV)/demo-installed  ## train with and without batch normalization; look into demo/
+	$(BIN)/batchnorm compare --out $(DEMO)
+
+test: $(VENV)/dev-installed browser  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev-installed  ## formatter, linter, type checker
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: $(VENV)/dev-installed  ## the note's way of training beside ours
+	$(BIN)/python benchmarks/lenet.py
+
+$(VENV)/demo-installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
+	touch $@
+
+$(VENV)/dev-installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,dev]'
+	touch $@ $(VENV)/demo-installed
+
+# The page is opened in a real browser and drawn in Chinese: both come from the system's packages.
+.PHONY: browser
+browser:
+	@tests/system-packages
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,34 @@
+"""Batch normalization in PyTorch: the layer, what a model needs because of it, a laboratory.
+
+`import batchnorm` loads the layer; the laboratory (`compare`) loads when it is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.errors import BatchNormError
+from batchnorm.functional import batch_norm
+from batchnorm.kernels import backend
+from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+if TYPE_CHECKING:
+    from batchnorm.comparison import compare
+
+__version__ = "0.1.0.dev0"
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormError",
+    "backend",
+    "batch_norm",
+    "compare",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "compare":
+        from batchnorm.comparison import compare  # noqa: PLC0415  # loads the laboratory
+
+        return compare
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

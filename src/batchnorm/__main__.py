@@ -1,0 +1,5 @@
+"""`python -m batchnorm`: the command."""
+
+from batchnorm.cli import main
+
+main()

@@ -1,0 +1,159 @@
+"""The command: parse, call, print."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"batchnorm: the command needs {missing.name}. Install it: pip install 'batchnorm[lab]'"
+    ) from missing
+
+from batchnorm.errors import BatchNormError
+
+app = typer.Typer(
+    name="batchnorm",
+    help="Batch normalization in PyTorch: train with and without, and see the difference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Language = StrEnum("Language", ["en", "zh"])
+Schedule = StrEnum(
+    "Schedule", [("CONSTANT", "constant"), ("COSINE", "cosine"), ("ONE", "one-cycle")]
+)
+Optimizer = StrEnum("Optimizer", ["sgd", "adamw"])
+Initialization = StrEnum(
+    "Initialization",
+    [("XAVIER", "xavier-uniform"), ("KAIMING", "kaiming-normal"), ("BUILT", "as-built")],
+)
+
+Lang = Annotated[Language, typer.Option(help="Language of the pictures, the page and the table.")]
+
+
+@app.callback()
+def batchnorm() -> None:
+    """Batch normalization in PyTorch: train with and without, and see the difference."""
+
+
+@app.command()
+def compare(
+    network: Annotated[str, typer.Option(help="lenet, or package.module:function.")] = "lenet",
+    data: Annotated[
+        str, typer.Option(help="fashion-mnist, or package.module:function (loaders or tensors).")
+    ] = "fashion-mnist",
+    arms: Annotated[
+        str, typer.Option(help="Of none, batch, batch-torch, batch-note, group, layer.")
+    ] = "none,batch",
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="The same for every arm.")] = 1.0,
+    optimizer: Annotated[Optimizer, typer.Option()] = Optimizer.sgd,
+    schedule: Annotated[Schedule, typer.Option(help="Of the learning rate.")] = Schedule.CONSTANT,
+    momentum: Annotated[float, typer.Option(help="Of the optimizer sgd.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option()] = 0.0,
+    initialization: Annotated[
+        Initialization | None,
+        typer.Option(help="xavier-uniform for lenet, as-built for others, unless said here."),
+    ] = None,
+    evaluations_per_epoch: Annotated[int, typer.Option(help="Points on the curves.")] = 2,
+    recalibration_images: Annotated[
+        int, typer.Option(help="Training images for the population statistics.")
+    ] = 10_000,
+    train_images: Annotated[int | None, typer.Option(help="The first N; all by default.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(help="Of torch; part of the configuration.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where Fashion-MNIST is looked for first.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the record; runs/compare-… by default.")
+    ] = None,
+    lang: Lang = Language.en,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Train with and without batch normalization, record it, show it.
+
+    The same command goes on where it was interrupted, and trains nothing that is finished.
+    """
+    from batchnorm import comparison  # noqa: PLC0415  # loads torch: not for --help
+    from batchnorm.views import console  # noqa: PLC0415
+
+    with said():
+        result = comparison.compare(
+            network,
+            [arm.strip() for arm in arms.split(",") if arm.strip()],
+            seeds=seeds,
+            seed=seed,
+            epochs=epochs,
+            out=out,
+            data=data,
+            data_dir=data_dir,
+            threads=threads,
+            initialization=None if initialization is None else initialization.value,
+            progress=console.Console(quiet=quiet),
+            language=lang.value,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            optimizer=optimizer.value,
+            schedule=schedule.value,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            evaluations_per_epoch=evaluations_per_epoch,
+            recalibration_images=recalibration_images,
+            train_images=train_images,
+            device=device,
+        )
+        console.show(result.record, lang.value)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a comparison.")],
+    lang: Lang = Language.en,
+) -> None:
+    """Make the pictures, the tables and the page of a record again."""
+    from batchnorm import comparison  # noqa: PLC0415
+    from batchnorm.views import console  # noqa: PLC0415
+
+    with said():
+        console.show(comparison.report(folder, lang.value).record, lang.value)
+
+
+@contextlib.contextmanager
+def said() -> Iterator[None]:
+    """What a user can mend is said in a line, with exit status 2; an interruption has its own."""
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        yield
+    except BatchNormError as error:
+        errors.print(f"batchnorm: {error}", markup=False)
+        raise typer.Exit(2) from error
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        errors.print(
+            f"batchnorm: {error.strerror or error}{where}. What is recorded stays; the same "
+            "command goes on once there is room and permission to write.",
+            markup=False,
+        )
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        errors.print("batchnorm: interrupted. The same command goes on from the last checkpoint.")
+        raise typer.Exit(130) from error
+
+
+def main() -> None:
+    """Run the command."""
+    sys.path.insert(0, "")  # package.module:function may stand in the current folder
+    app()

@@ -1,0 +1,128 @@
+"""`compare`: train a network with and without batch normalization, record it, show it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.lab import grid, networks
+from batchnorm.lab.data import Images, Loaders
+from batchnorm.lab.progress import Progress
+from batchnorm.lab.record import Record, read
+from batchnorm.lab.summary import ArmSummary, summarize, write_summary, write_table
+from batchnorm.views import animation, console, curves, page
+from batchnorm.views.words import Language
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found: its record, and the views of it."""
+
+    record: Record
+    language: Language = "en"
+
+    @property
+    def folder(self) -> Path:
+        """Where the record, the pictures and the page lie."""
+        return self.record.folder
+
+    @property
+    def summary(self) -> dict[str, ArmSummary]:
+        """Each arm's last evaluation over its seeds."""
+        return {summary.arm: summary for summary in summarize(self.record)}
+
+    def plot(self) -> "Figure":
+        """Draw test accuracy, training loss and training accuracy against the epoch."""
+        return curves.draw(self.record, self.language)
+
+    def animate(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Draw the curves as they grew, as a GIF; by default `compare.gif` in the folder."""
+        path = Path(path) if path is not None else self.folder / "compare.gif"
+        animation.compare(self.record, path, self.language)
+        return path
+
+    def save(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Write the page, one offline file; by default `report.html` in the folder."""
+        path = Path(path) if path is not None else self.folder / "report.html"
+        page.write(self.record, path, self.language)
+        return path
+
+    def write(self) -> None:
+        """Write every file of the folder that is made from the record."""
+        write_summary(self.record, self.folder / "summary.json")
+        write_table(self.record, self.folder / "table.csv")
+        curves.save(self.record, self.folder / "curves.svg", self.language)
+        animation.write(self.record, self.folder, self.language)
+        self.save()
+
+    def _repr_html_(self) -> str:
+        return page.fragment(self.record, self.language)
+
+
+def compare(
+    network: str | networks.Network = "lenet",
+    arms: Sequence[str] = ("none", "batch"),
+    *,
+    seeds: int = 1,
+    epochs: int = 10,
+    out: str | os.PathLike[str] | None = None,
+    data: str | Images | Loaders = "fashion-mnist",
+    data_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    initialization: str | None = None,
+    progress: Progress | None = None,
+    language: Language = "en",
+    **options: Any,
+) -> Comparison:
+    """Train a network with each arm in the place of its batch norm, from the same weights.
+
+    Each cell (an arm from a seed) sees the same initial weights and the same order of data as the
+    others of its seed. What is trained is recorded as it goes; a cell that was interrupted goes on
+    from its last checkpoint, a finished one is not trained again.
+
+    Args:
+        network: "lenet"; `package.module:function`; or a function that returns a torch module
+            with batch norm in it.
+        arms: names from `batchnorm.lab.arms.ARMS`.
+        seeds: how many seeds; they are seed, seed + 1, ….
+        epochs: passes over the training images.
+        out: the folder of the record; by default one below `runs` that is named after the
+            configuration, so that the same call goes on with the same record.
+        data: "fashion-mnist"; `package.module:function`; `Images`; or `Loaders`.
+        data_dir: where Fashion-MNIST is looked for first.
+        seed: the first seed.
+        threads: of torch, by default as many as it uses now. Part of the configuration: numbers
+            of different thread counts differ.
+        initialization: "xavier-uniform" (the default of lenet), "kaiming-normal", or "as-built"
+            (the default of other networks).
+        progress: where progress is shown; by default on standard error.
+        language: of the pictures and the page, "en" or "zh".
+        **options: other fields of `CellConfig`: batch_size, learning_rate, optimizer, schedule,
+            momentum, weight_decay, evaluations_per_epoch, recalibration_images, train_images,
+            device.
+
+    Returns:
+        The comparison; every file of its folder is written.
+
+    Raises:
+        BatchNormError: an unknown name, a number out of range, a folder of another configuration,
+            a network or data function that fails.
+    """
+    common, build = grid.configure(network, data, epochs, threads, initialization, options)
+    plan = grid.plan(common, arms, range(seed, seed + seeds))
+    folder = Path(out) if out is not None else grid.default_folder(common)
+    with grid.alone_in(folder):
+        grid.run(plan, build, data, data_dir, folder, progress or console.Console())
+        return report(folder, language)
+
+
+def report(folder: str | os.PathLike[str], language: Language = "en") -> Comparison:
+    """Make the pictures, the tables and the page of a folder again, from its record alone."""
+    comparison = Comparison(read(folder), language)
+    comparison.write()
+    return comparison

@@ -1,0 +1,1 @@
+"""Training with and without batch normalization: data, networks, arms, cells, records."""

@@ -1,0 +1,110 @@
+"""The arms of a comparison: what stands where a network has batch normalization.
+
+An arm is a function from a batch-norm layer to the layer that takes its place. Weight and bias
+start from the layer's own, so that a network that initializes them (to 0 at the end of a residual
+branch, say) is compared as it is meant.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import batchnorm
+from batchnorm.errors import BatchNormError
+from batchnorm.lab.note import NoteBatchNorm
+from batchnorm.model.conversion import replace
+from batchnorm.model.discovery import batch_norms
+
+Arm = Callable[[_BatchNorm], nn.Module]
+
+
+def none(_layer: _BatchNorm) -> nn.Module:
+    """Nothing: the network without batch normalization."""
+    return nn.Identity()
+
+
+def batch(layer: _BatchNorm) -> nn.Module:
+    """This library's layer, of the same rank."""
+    for theirs, ours in (
+        (nn.BatchNorm1d, batchnorm.BatchNorm1d),
+        (nn.BatchNorm2d, batchnorm.BatchNorm2d),
+        (nn.BatchNorm3d, batchnorm.BatchNorm3d),
+    ):
+        if isinstance(layer, theirs):
+            return _twin(layer, ours)
+    return _twin(layer, batchnorm.BatchNorm)
+
+
+def batch_torch(layer: _BatchNorm) -> nn.Module:
+    """torch.nn's layer, of the same rank."""
+    for theirs in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        if isinstance(layer, theirs):
+            return _twin(layer, theirs)
+    raise BatchNormError(
+        f"the arm batch-torch got a {type(layer).__name__}, which has no rank, and torch.nn has a "
+        "layer for each. Build the network with BatchNorm1d, BatchNorm2d or BatchNorm3d."
+    )
+
+
+def batch_note(_layer: _BatchNorm) -> nn.Module:
+    """The note's own layer, defects and all."""
+    return NoteBatchNorm()
+
+
+def group(layer: _BatchNorm) -> nn.Module:
+    """Group normalization: statistics per sample over at most 32 groups of 4 channels or more."""
+    channels = layer.num_features
+    most = max(1, min(32, channels // 4))
+    groups = next(g for g in range(most, 0, -1) if channels % g == 0)
+    return _per_sample(layer, groups)
+
+
+def layer(layer: _BatchNorm) -> nn.Module:
+    """Layer normalization as in convolutional networks: per sample, over channels and space."""
+    return _per_sample(layer, 1)
+
+
+ARMS: dict[str, Arm] = {
+    "none": none,
+    "batch": batch,
+    "batch-torch": batch_torch,
+    "batch-note": batch_note,
+    "group": group,
+    "layer": layer,
+}
+
+
+def apply(model: nn.Module, arm: str) -> tuple[nn.Module, list[str]]:
+    """Put an arm into a model, in place; return the model and the names of the places."""
+    places = list(batch_norms(model))
+    if not places:
+        raise BatchNormError(
+            f"the network ({type(model).__name__}) has no batch-norm layer, so there is nothing to "
+            "compare. Put torch.nn.BatchNorm1d/2d/3d where the arms should go."
+        )
+    return replace(model, ARMS[arm]), places
+
+
+def _twin(layer: _BatchNorm, cls: type[_BatchNorm]) -> nn.Module:
+    """The same layer in another class: options, parameters, running statistics."""
+    twin = cls(
+        layer.num_features,
+        layer.eps,
+        layer.momentum,
+        layer.affine,
+        layer.track_running_stats,
+        bias=layer.bias is not None,
+    )
+    twin.load_state_dict(layer.state_dict())
+    return twin
+
+
+def _per_sample(layer: _BatchNorm, groups: int) -> nn.Module:
+    norm = nn.GroupNorm(groups, layer.num_features, layer.eps, affine=layer.affine)
+    with torch.no_grad():
+        for ours, theirs in ((norm.weight, layer.weight), (norm.bias, layer.bias)):
+            if theirs is not None:
+                ours.copy_(theirs)
+    return norm

@@ -1,0 +1,125 @@
+"""Where batches come from: tensors in memory, or a user's loaders."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import BatchNormError
+from batchnorm.lab.data import Images, Loaders
+
+Batch = tuple[Tensor, Tensor]  # (N, ...) inputs, (N,) labels
+
+EVALUATION_BATCH = 256  # the fastest on two cores: larger ones fall out of the cache
+
+
+class Batches(Protocol):
+    """What training asks of data."""
+
+    train_images: int
+    test_images: int
+    steps_per_epoch: int
+    digest: str
+
+    def train(self, seed: int, epoch: int) -> Iterator[Batch]:
+        """One epoch's batches, in an order that seed and epoch decide."""
+
+    def test(self) -> Iterator[Batch]:
+        """All test batches, always in the same order."""
+
+    def population(self, images: int) -> Iterator[Batch]:
+        """Training batches, `images` of them or all, for population statistics."""
+
+
+class TensorBatches:
+    """Batches cut from tensors in memory."""
+
+    def __init__(self, images: Images, batch_size: int, train_images: int | None) -> None:
+        self._inputs = images.train_images[:train_images]
+        self._labels = images.train_labels[:train_images]
+        self._test = (images.test_images, images.test_labels)
+        self._batch_size = batch_size
+        self.train_images = len(self._inputs)
+        self.test_images = len(images.test_images)
+        # a last batch of one image has no variance: it is left out
+        whole, rest = divmod(self.train_images, batch_size)
+        self.steps_per_epoch = whole + (rest > 1)
+        self.digest = images.digest
+
+    def train(self, seed: int, epoch: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+        order = torch.randperm(self.train_images, generator=generator)
+        for indices in order.split(self._batch_size)[: self.steps_per_epoch]:
+            yield self._inputs[indices], self._labels[indices]
+
+    def test(self) -> Iterator[Batch]:
+        yield from _pieces(*self._test)
+
+    def population(self, images: int) -> Iterator[Batch]:
+        yield from _pieces(self._inputs[:images], self._labels[:images])
+
+
+class LoaderBatches:
+    """Batches from two loaders, in whatever order those make from torch's random state."""
+
+    def __init__(self, loaders: Loaders) -> None:
+        self._loaders = loaders
+        self.steps_per_epoch = _length(loaders.train, "train")
+        self.train_images = _examples(loaders.train)
+        self.test_images = _examples(loaders.test)
+        self.digest = ""
+
+    def train(self, seed: int, epoch: int) -> Iterator[Batch]:
+        torch.manual_seed(epoch_seed(seed, epoch))
+        yield from _checked(self._loaders.train)
+
+    def test(self) -> Iterator[Batch]:
+        yield from _checked(self._loaders.test)
+
+    def population(self, images: int) -> Iterator[Batch]:
+        seen = 0
+        for inputs, labels in _checked(self._loaders.train):
+            yield inputs, labels
+            seen += len(inputs)
+            if seen >= images:
+                return
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Another random state for every epoch, the same for every arm."""
+    return seed * 1_000_003 + epoch
+
+
+def _pieces(inputs: Tensor, labels: Tensor) -> Iterator[Batch]:
+    yield from zip(inputs.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+
+
+def _length(loader: Any, name: str) -> int:
+    try:
+        return len(loader)
+    except TypeError as error:
+        raise BatchNormError(
+            f"the {name} loader ({type(loader).__name__}) has no length, which the schedule and the "
+            "progress need. Give it a __len__ that counts its batches."
+        ) from error
+
+
+def _examples(loader: Any) -> int:
+    """A DataLoader knows its data set's size; other loaders are counted by one pass."""
+    dataset = getattr(loader, "dataset", None)
+    if dataset is not None and hasattr(dataset, "__len__"):
+        return len(dataset)
+    return sum(len(inputs) for inputs, _ in _checked(loader))
+
+
+def _checked(loader: Any) -> Iterator[Batch]:
+    for batch in loader:
+        match batch:
+            case [Tensor() as inputs, Tensor() as labels] if len(inputs) == len(labels):
+                yield inputs, labels
+            case _:
+                raise BatchNormError(
+                    f"a loader gave a batch of type {type(batch).__name__} and should give a pair "
+                    "(inputs, labels) of tensors of equal length."
+                )

@@ -1,0 +1,121 @@
+"""From a record to the numbers that tables, verdicts and `summary.json` are made of."""
+
+import csv
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchnorm.lab.record import FORMAT, Cell, Evaluation, Record
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One quantity over the seeds of an arm; cells without it (diverged) are left out."""
+
+    values: list[float]
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def sd(self) -> float | None:
+        """Sample standard deviation; None below two values."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "sd": self.sd, "values": self.values}
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """The last evaluation of every seed of an arm."""
+
+    arm: str
+    seeds: list[int]
+    diverged: list[int]  # the seeds whose training diverged
+    unfinished: list[int]  # the seeds whose cell has no last line
+    parameters: int
+    train_loss: Spread
+    train_accuracy: Spread
+    test_loss: Spread
+    test_accuracy: Spread
+    recalibrated_test_loss: Spread
+    recalibrated_test_accuracy: Spread
+    seconds: Spread
+    examples_per_second: Spread
+
+
+QUANTITIES = (
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "recalibrated_test_loss",
+    "recalibrated_test_accuracy",
+    "seconds",
+)
+
+
+def summarize(record: Record) -> list[ArmSummary]:
+    """An account of each arm, in the record's order."""
+    return [_summarize_arm(arm, record.of(arm)) for arm in record.arms]
+
+
+def _summarize_arm(arm: str, cells: list[Cell]) -> ArmSummary:
+    def spread(value: Callable[[Cell], float | None]) -> Spread:
+        return Spread([v for v in map(value, cells) if v is not None])
+
+    def last(name: str) -> Spread:
+        return spread(lambda cell: getattr(cell.last, name))
+
+    return ArmSummary(
+        arm=arm,
+        seeds=[cell.config.seed for cell in cells],
+        diverged=[cell.config.seed for cell in cells if cell.diverged],
+        unfinished=[cell.config.seed for cell in cells if cell.done is None],
+        parameters=cells[0].header.parameters,
+        examples_per_second=spread(_speed),
+        **{name: last(name) for name in QUANTITIES},
+    )
+
+
+def _speed(cell: Cell) -> float | None:
+    """Examples per second over the whole cell, of training alone."""
+    header, last = cell.header, cell.last
+    examples = last.epoch * header.train_images
+    return examples / last.seconds if last.seconds > 0 else None
+
+
+def write_summary(record: Record, path: Path) -> None:
+    """`summary.json`: the configuration that the cells share, where they ran, each arm's numbers."""
+    first = record.cells[0].header
+    arms = {}
+    for summary in summarize(record):
+        content = {f.name: getattr(summary, f.name) for f in dataclasses.fields(summary)}
+        arms[content.pop("arm")] = {
+            k: v.as_dict() if isinstance(v, Spread) else v for k, v in content.items()
+        }
+    content = {
+        "format": FORMAT,
+        "config": first.config.without_arm_and_seed(),
+        "environment": first.environment,
+        "arms": arms,
+    }
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_table(record: Record, path: Path) -> None:
+    """`table.csv`: a row per evaluation, without the statistics inside the layers."""
+    names = [f.name for f in dataclasses.fields(Evaluation) if f.name != "layers"]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["arm", "seed", *names])
+        for cell in record.cells:
+            for evaluation in cell.evaluations:
+                numbers = [getattr(evaluation, name) for name in names]
+                rows.writerow([cell.config.arm, cell.config.seed, *numbers])

@@ -1,0 +1,204 @@
+"""The layers: parameters, running statistics, and the rule of training and evaluation.
+
+`BatchNorm1d/2d/3d` are torch.nn's classes of the same names with another forward pass, so that
+every tool that looks for batch normalization finds them, and a state dict of the one loads into
+the other. `BatchNorm` takes any rank and can learn its size.
+"""
+
+import copy
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.parameter import UninitializedBuffer
+
+from batchnorm.errors import BatchNormError
+from batchnorm.functional import batch_norm
+
+
+class _Forward(_BatchNorm):
+    """torch.nn's parameters, buffers and state dict; our forward pass."""
+
+    _ranks: tuple[int, ...] = ()  # of the inputs that the layer takes; empty: any from 2
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize input: (N, C, *spatial); update the running statistics in training mode."""
+        if isinstance(input, fx.Proxy):
+            return self._as_leaf(input)
+        self._check_input_dim(input)
+        if not self.training:
+            # without running statistics evaluation, too, takes the batch's
+            by_batch = self.running_mean is None and self.running_var is None
+            return self._normalize(input, self.running_mean, self.running_var, by_batch)
+        if not self.track_running_stats:
+            return self._normalize(input, None, None, by_batch=True)
+        if self.momentum is None and self.num_batches_tracked is not None:
+            return self._normalize_and_average(input)
+        y = self._normalize(input, self.running_mean, self.running_var, by_batch=True)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return y
+
+    def _normalize(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        by_batch: bool,
+    ) -> Tensor:
+        # a layer that has neither momentum nor a counter leaves its statistics alone, as torch's
+        momentum = 0.0 if self.momentum is None else self.momentum
+        return batch_norm(
+            x, running_mean, running_var, self.weight, self.bias, by_batch, momentum, self.eps
+        )
+
+    def _normalize_and_average(self, x: Tensor) -> Tensor:
+        """running ← running + (batch − running) / t: after t batches their plain average.
+
+        The counter stays a tensor: reading it as a number would wait for the device and break the
+        graph of `torch.compile`.
+        """
+        assert self.running_mean is not None  # noqa: S101  # for the type checker
+        assert self.running_var is not None  # noqa: S101
+        assert self.num_batches_tracked is not None  # noqa: S101
+        mean = torch.zeros_like(self.running_mean)
+        var_unbiased = torch.zeros_like(self.running_var)
+        # momentum 1: what comes back in the buffers is the batch's statistics alone
+        y = batch_norm(x, mean, var_unbiased, self.weight, self.bias, True, 1.0, self.eps)
+        self.num_batches_tracked.add_(1)
+        share = self.num_batches_tracked.reciprocal().to(mean.dtype)
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(var_unbiased, share)
+        return y
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        rank = input.dim()
+        if rank in self._ranks or (not self._ranks and rank >= 2):
+            return
+        wanted = "D or ".join(map(str, self._ranks)) + "D" if self._ranks else "2D or more"
+        raise BatchNormError(
+            f"{type(self).__name__} expected {wanted} input (got {rank}D input of shape "
+            f"{tuple(input.shape)}). Use the layer of that rank, or batchnorm.BatchNorm for any."
+        )
+
+    def _as_leaf(self, input: fx.Proxy) -> Any:
+        """Stay one node under symbolic tracing, as torch.nn's layers do."""
+        tracer = input.tracer
+        assert isinstance(tracer, fx.Tracer)  # noqa: S101  # others hand out no Proxy to a module
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise BatchNormError(
+            f"{type(self).__name__} cannot be compiled by TorchScript, which torch has deprecated. "
+            "Use torch.export or torch.compile, or script the model with torch.nn's layer: it "
+            "loads the same state dict."
+        )
+
+
+class BatchNorm1d(_Forward, nn.BatchNorm1d):
+    """y = (x − mean) / √(var + eps) · weight + bias, per feature of (N, C) or channel of (N, C, L).
+
+    A `torch.nn.BatchNorm1d`: the same arguments, defaults, state dict and numbers.
+
+    In training mode mean and var (biased) are the batch's, and the running statistics move towards
+    them, running ← (1 − momentum) · running + momentum · batch, with the unbiased variance. In
+    evaluation mode they are the running ones.
+
+    Args:
+        num_features: C.
+        eps: added to the variance, inside the square root.
+        momentum: the weight of the new batch, as in torch; None: the average over all batches.
+        affine: learn weight and bias.
+        track_running_stats: keep running statistics; without, evaluation uses the batch's, too.
+        device: where the parameters and buffers are made.
+        dtype: of the parameters and buffers.
+        bias: with affine: learn the bias.
+
+    Raises:
+        BatchNormError: another rank or count of channels; one value per channel in training.
+    """
+
+    _ranks = (2, 3)
+
+
+class BatchNorm2d(_Forward, nn.BatchNorm2d):
+    """y = (x − mean) / √(var + eps) · weight + bias, per channel of (N, C, H, W).
+
+    A `torch.nn.BatchNorm2d`; each pixel counts as a sample. See `BatchNorm1d` for the rest.
+    """
+
+    _ranks = (4,)
+
+
+class BatchNorm3d(_Forward, nn.BatchNorm3d):
+    """y = (x − mean) / √(var + eps) · weight + bias, per channel of (N, C, D, H, W).
+
+    A `torch.nn.BatchNorm3d`; each voxel counts as a sample. See `BatchNorm1d` for the rest.
+    """
+
+    _ranks = (5,)
+
+
+class BatchNorm(_Forward):
+    """y = (x − mean) / √(var + eps) · weight + bias, per channel of (N, C, *spatial), any rank.
+
+    `BatchNorm(64)` has its size; `BatchNorm()` learns it at the first batch. Until then its
+    parameters are torch's uninitialized ones: an optimizer may hold them, a state dict with sizes
+    may be loaded, and whoever asks for their shape is told to run a batch first.
+
+    See `BatchNorm1d` for the other arguments.
+    """
+
+    def __init__(
+        self,
+        num_features: int | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        options = (eps, momentum, affine, track_running_stats, device, dtype)
+        if num_features is None:
+            # the class changes instead of being chosen in __new__, which copy and pickle call
+            # without arguments
+            self.__class__ = _BatchNormWithoutSize
+            _BatchNormWithoutSize.__init__(self, *options, bias=bias)  # type: ignore[arg-type]  # of the new class
+        else:
+            super().__init__(num_features, *options, bias=bias)
+
+
+class _BatchNormWithoutSize(_LazyNormBase, BatchNorm):
+    """What `BatchNorm()` is until its first batch."""
+
+    cls_to_become = BatchNorm
+
+    def initialize_parameters(self, input: Tensor) -> None:
+        self._check_input_dim(input)
+        super().initialize_parameters(input)
+        # torch sets it only where something was uninitialized: not after a state dict was loaded
+        self.num_features = input.shape[1] if self.weight is None else self.weight.numel()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_BatchNormWithoutSize":
+        # torch copies a parameter without a size, but raises for a buffer without one
+        for buffer in self.buffers():
+            if isinstance(buffer, UninitializedBuffer):
+                options = {"device": buffer.device, "dtype": buffer.dtype}
+                memo[id(buffer)] = UninitializedBuffer(**options)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _get_name(self) -> str:
+        return "BatchNorm"
+
+    def extra_repr(self) -> str:
+        return (
+            f"size learned at the first batch, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}"
+        )
