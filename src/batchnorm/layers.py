@@ -187,11 +187,13 @@ class _BatchNormWithoutSize(_LazyNormBase, BatchNorm):
         # torch copies a parameter without a size, but raises for a buffer without one
         for buffer in self.buffers():
             if isinstance(buffer, UninitializedBuffer):
-                options = {"device": buffer.device, "dtype": buffer.dtype}
-                memo[id(buffer)] = UninitializedBuffer(**options)
+                memo[id(buffer)] = UninitializedBuffer(  # type: ignore[call-arg]  # torch's own
+                    device=buffer.device,
+                    dtype=buffer.dtype,
+                )
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
         return twin
 
     def _get_name(self) -> str:

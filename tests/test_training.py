@@ -1,0 +1,316 @@
+"""A cell: the same start for every arm, a record that an interruption does not change."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+import tiny
+from batchnorm import BatchNormError
+from batchnorm.lab import grid, networks
+from batchnorm.lab.data import Loaders
+from batchnorm.lab.progress import Silent
+from batchnorm.lab.record import CELLS, cell_path, json_line, read, read_cell
+from batchnorm.lab.training import evaluation_steps, train_cell
+
+TIMES = {"seconds", "wall_seconds", "examples_per_second", "started"}
+
+
+def run(folder, *, arms=("none", "batch"), network="lenet", data=None, progress=None, **options):
+    data = tiny.as_images() if data is None else data
+    options = {"batch_size": 32, "train_images": None, **options}
+    epochs = options.pop("epochs", 2)
+    common, build = grid.configure(network, data, epochs, 2, None, options)
+    configs = grid.plan(common, arms, [0])
+    grid.run(configs, build, data, None, folder, progress or Silent())
+    return configs
+
+
+def without_times(value):
+    """A record's content but for what a clock says."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def contents(folder):
+    return {
+        path.name: [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+        for path in (folder / CELLS).glob("*.jsonl")
+    }
+
+
+class Interrupts(Silent):
+    """Ctrl-C at one step of one arm."""
+
+    def __init__(self, arm: str, step: int) -> None:
+        self.arm, self.at = arm, step
+
+    def step(self, config, step, loss, examples_per_second):  # noqa: ARG002
+        if config.arm == self.arm and step == self.at:
+            raise KeyboardInterrupt
+
+
+def test_arms_start_from_the_same_weights_and_see_the_same_order(tmp_path):
+    run(tmp_path, arms=("batch", "batch-torch", "none"))
+    cells = {cell.config.arm: cell for cell in read(tmp_path).cells}
+    assert len({cell.header.initial_weights for cell in cells.values()}) == 1
+    ours, torchs = (
+        without_times(dataclasses.asdict(cells[arm].last)) for arm in cells if "b" in arm
+    )
+    assert ours["train_loss"] == pytest.approx(torchs["train_loss"], rel=1e-5)
+    assert ours["layers"]["norm1"]["input_mean"] == pytest.approx(
+        torchs["layers"]["norm1"]["input_mean"], rel=1e-3
+    )
+
+
+def test_another_seed_is_another_start(tmp_path):
+    common, build = grid.configure("lenet", tiny.as_images(), 1, 2, None, {"batch_size": 32})
+    grid.run(
+        grid.plan(common, ["batch"], [0, 1]), build, tiny.as_images(), None, tmp_path, Silent()
+    )
+    first, second = read(tmp_path).cells
+    assert first.header.initial_weights != second.header.initial_weights
+    assert first.last.train_loss != second.last.train_loss
+
+
+def test_a_cell_holds_an_evaluation_at_the_start_and_at_each_mark(tmp_path):
+    (config,) = run(tmp_path, arms=["batch"], evaluations_per_epoch=2)
+    cell = read_cell(cell_path(tmp_path, config))
+    assert [e.step for e in cell.evaluations] == [0, 5, 10, 15, 20]
+    assert [e.epoch for e in cell.evaluations] == [0, 0.5, 1, 1.5, 2]
+    assert cell.evaluations[0].train_loss is None
+    assert cell.last.train_loss < cell.evaluations[1].train_loss
+    assert cell.last.recalibrated_test_accuracy is not None
+    assert cell.last.examples_per_second > 0
+    assert cell.done is not None
+    assert not cell.done.diverged
+    assert cell.done.wall_seconds > cell.done.seconds == cell.last.seconds
+    assert set(cell.last.layers) == {"norm1", "norm2", "norm3", "norm4"}
+    assert not list((tmp_path / CELLS).glob("*.pt"))
+
+
+def test_training_loss_is_the_mean_over_the_epoch_so_far(tmp_path):
+    seen = []
+
+    class Keep(Silent):
+        def step(self, config, step, loss, examples_per_second):  # noqa: ARG002
+            seen.append(loss)
+
+    (config,) = run(tmp_path, arms=["batch"], progress=Keep(), evaluations_per_epoch=2)
+    cell = read_cell(cell_path(tmp_path, config))
+    assert cell.evaluations[1].train_loss == pytest.approx(sum(seen[:5]) / 5)
+    assert cell.evaluations[2].train_loss == pytest.approx(sum(seen[:10]) / 10)
+    assert cell.evaluations[3].train_loss == pytest.approx(sum(seen[10:15]) / 5)
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "steps"),
+    [(1, {10}), (2, {5, 10}), (3, {4, 7, 10}), (10, set(range(1, 11))), (50, set(range(1, 11)))],
+)
+def test_evaluation_steps(evaluations, steps):
+    assert evaluation_steps(10, evaluations) == steps
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 13, 20])
+@pytest.mark.parametrize("arm", ["batch", "batch-note"])
+def test_interrupted_anywhere_it_ends_with_the_same_numbers(tmp_path, arm, step):
+    run(tmp_path / "whole", arms=[arm])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", arms=[arm], progress=Interrupts(arm, step))
+    run(tmp_path / "cut", arms=[arm])
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
+def test_interrupted_with_dropout_loaders_momentum_and_a_schedule(tmp_path, schedule):
+    options = {
+        "arms": ["batch"],
+        "network": "tiny:network",
+        "data": Loaders(*tiny.loaders()),
+        "schedule": schedule,
+        "momentum": 0.9,
+        "weight_decay": 1e-3,
+        "learning_rate": 0.05,
+    }
+    run(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", progress=Interrupts("batch", 17), **options)
+    run(tmp_path / "cut", **options)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_record_longer_than_its_checkpoint_is_cut_back(tmp_path):
+    """As left by a kill between the line and the checkpoint, or in the middle of a line."""
+    run(tmp_path / "whole", arms=["batch"])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", arms=["batch"], progress=Interrupts("batch", 7))
+    (path,) = (tmp_path / "cut" / CELLS).glob("*.jsonl")
+    extra = json_line("evaluation", read_cell(path).last)
+    with path.open("a") as file:
+        file.write(extra + extra[:40])
+    run(tmp_path / "cut", arms=["batch"])
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_record_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    run(tmp_path / "whole", arms=["batch"])
+    (path,) = (tmp_path / "whole" / CELLS).glob("*.jsonl")
+    (tmp_path / "cut" / CELLS).mkdir(parents=True)
+    (tmp_path / "cut" / CELLS / path.name).write_text(path.read_text()[:100])
+    run(tmp_path / "cut", arms=["batch"])
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_finished_cell_is_not_trained_again(tmp_path):
+    run(tmp_path)
+    before = {p: p.read_bytes() for p in (tmp_path / CELLS).iterdir()}
+
+    def no_network():
+        pytest.fail("nothing is left to train")
+
+    for config in run(tmp_path):
+        train_cell(config, no_network, None, tmp_path, Silent())
+    assert {p: p.read_bytes() for p in (tmp_path / CELLS).iterdir()} == before
+
+
+def test_arms_can_be_added_to_a_folder(tmp_path):
+    run(tmp_path, arms=["none"])
+    run(tmp_path, arms=["none", "layer"])
+    assert read(tmp_path).arms == ["none", "layer"]
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path):
+    run(tmp_path, arms=["none"])
+    before = contents(tmp_path)
+    with pytest.raises(BatchNormError, match=r"learning_rate is 1\.0 there and 0\.5 here"):
+        run(tmp_path, arms=["none"], learning_rate=0.5)
+    assert contents(tmp_path) == before
+
+
+def test_a_network_that_changed_under_its_name_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, network="tiny:network", progress=Interrupts("batch", 7))
+    original = tiny.Residual
+
+    class Wider(original):
+        def __init__(self):
+            super().__init__()
+            torch.nn.init.ones_(self.linear.weight)
+
+    monkeypatch.setattr(tiny, "Residual", Wider)
+    with pytest.raises(BatchNormError, match="is not the one that this folder's cells began with"):
+        run(tmp_path, network="tiny:network")
+
+
+def test_divergence_is_an_outcome(tmp_path):
+    (config,) = run(tmp_path, arms=["none"], network="tiny:network", learning_rate=1e30)
+    cell = read_cell(cell_path(tmp_path, config))
+    assert cell.diverged
+    assert cell.last.train_loss is None
+    assert cell.last.step < 20
+    run(tmp_path, arms=["none"], network="tiny:network", learning_rate=1e30)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rate"),
+    [
+        ("constant", lambda _t: 0.5),
+        ("cosine", lambda t: 0.25 * (1 + math.cos(math.pi * t / 20))),
+    ],
+)
+def test_the_schedule_is_stepped_once_a_step(tmp_path, monkeypatch, schedule, rate):
+    seen = []
+    step = torch.optim.SGD.step
+
+    def keep(self, *args, **kwargs):
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", keep)
+    run(tmp_path, arms=["none"], learning_rate=0.5, schedule=schedule)
+    assert seen == pytest.approx([rate(t) for t in range(20)])
+
+
+def test_what_is_borrowed_from_torch_comes_back(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    torch.set_num_threads(1)
+    try:
+        run(tmp_path, arms=["none"])
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(2)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_last_batch_of_one_image_is_left_out(tmp_path):
+    (config,) = run(tmp_path, arms=["batch"], train_images=65)
+    assert read_cell(cell_path(tmp_path, config)).header.steps_per_epoch == 2
+
+
+def test_a_loader_whose_length_lies_is_named(tmp_path):
+    train, test = tiny.loaders()
+
+    class Short:
+        dataset = train.dataset
+
+        def __len__(self):
+            return 12
+
+        def __iter__(self):
+            return iter(train)
+
+    with pytest.raises(BatchNormError, match="gave 10 batches in epoch 1 and its length says 12"):
+        run(tmp_path, arms=["batch"], data=Loaders(Short(), test))
+
+
+def test_a_network_that_learns_its_sizes(tmp_path):
+    from batchnorm import BatchNorm
+
+    def network():
+        return torch.nn.Sequential(torch.nn.Flatten(), BatchNorm(), torch.nn.Linear(784, 10))
+
+    (config,) = run(tmp_path, arms=["batch"], network=network)
+    assert read_cell(cell_path(tmp_path, config)).done is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet", "there is no network called 'resnet'"),
+        ("tiny:raises", "the network function tiny:raises raised KeyError"),
+        ("tiny:not_a_network", "returned a int and should return a torch.nn.Module"),
+        ("tiny:without_norm", "has no batch-norm layer"),
+    ],
+)
+def test_a_network_that_cannot_be_used_is_named(tmp_path, name, message):
+    with pytest.raises(BatchNormError, match=message):
+        run(tmp_path, network=name)
+
+
+def test_lenet_is_the_notes():
+    model = networks.lenet()
+    assert sum(p.numel() for p in model.parameters()) == 61_706 + 452
+    kinds = [type(m).__name__ for m in model]
+    assert kinds == (
+        ["Conv2d", "BatchNorm2d", "Sigmoid", "AvgPool2d"] * 2
+        + ["Flatten"]
+        + ["Linear", "BatchNorm1d", "Sigmoid"] * 2
+        + ["Linear"]
+    )
+
+
+def test_xavier_fills_convolutions_and_linear_layers():
+    torch.manual_seed(0)
+    model = networks.lenet()
+    bias = model.conv1.bias.clone()
+    networks.initialize(model, "xavier-uniform")
+    bound = math.sqrt(6 / (400 + 120))
+    weight = model.linear1.weight.detach()
+    assert weight.abs().max() <= bound
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert torch.equal(model.conv1.bias, bias)
