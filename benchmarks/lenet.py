@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,6 +64,14 @@ def network(arm: str) -> nn.Module:
     return arms.apply(model, arm)[0]
 
 
+def first(images: Images, count: int) -> Images:
+    return replace(
+        images,
+        train_images=images.train_images[:count],
+        train_labels=images.train_labels[:count],
+    )
+
+
 def train(model: nn.Module, epoch: Epoch) -> float:
     """Seconds of one epoch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -82,7 +91,7 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=60_000)
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args()
-    images = fashion_mnist().first(options.train_images)
+    images = first(fashion_mnist(), options.train_images)
     ways = {
         "the note's way, 0 workers": note_way(images, 0),
         "the note's way, 2 workers": note_way(images, 2),

@@ -25,7 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Language = StrEnum("Language", ["en", "zh"])
 Schedule = StrEnum(
     "Schedule", [("CONSTANT", "constant"), ("COSINE", "cosine"), ("ONE", "one-cycle")]
 )
@@ -34,8 +33,6 @@ Initialization = StrEnum(
     "Initialization",
     [("XAVIER", "xavier-uniform"), ("KAIMING", "kaiming-normal"), ("BUILT", "as-built")],
 )
-
-Lang = Annotated[Language, typer.Option(help="Language of the pictures, the page and the table.")]
 
 
 @app.callback()
@@ -80,7 +77,6 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the record; runs/compare-… by default.")
     ] = None,
-    lang: Lang = Language.en,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Train with and without batch normalization, record it, show it.
@@ -103,7 +99,6 @@ def compare(
             threads=threads,
             initialization=None if initialization is None else initialization.value,
             progress=console.Console(quiet=quiet),
-            language=lang.value,
             batch_size=batch_size,
             learning_rate=learning_rate,
             optimizer=optimizer.value,
@@ -115,20 +110,19 @@ def compare(
             train_images=train_images,
             device=device,
         )
-        console.show(result.record, lang.value)
+        console.show(result.record)
 
 
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a comparison.")],
-    lang: Lang = Language.en,
 ) -> None:
-    """Make the pictures, the tables and the page of a record again."""
+    """Make the pictures and the tables of a record again."""
     from batchnorm import comparison  # noqa: PLC0415
     from batchnorm.views import console  # noqa: PLC0415
 
     with said():
-        console.show(comparison.report(folder, lang.value).record, lang.value)
+        console.show(comparison.report(folder).record)
 
 
 @contextlib.contextmanager

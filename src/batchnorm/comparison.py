@@ -11,8 +11,7 @@ from batchnorm.lab.data import Images, Loaders
 from batchnorm.lab.progress import Progress
 from batchnorm.lab.record import Record, read
 from batchnorm.lab.summary import ArmSummary, summarize, write_summary, write_table
-from batchnorm.views import animation, console, curves, page
-from batchnorm.views.words import Language
+from batchnorm.views import animation, console, curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +22,6 @@ class Comparison:
     """What a comparison found: its record, and the views of it."""
 
     record: Record
-    language: Language = "en"
 
     @property
     def folder(self) -> Path:
@@ -37,30 +35,20 @@ class Comparison:
 
     def plot(self) -> "Figure":
         """Draw test accuracy, training loss and training accuracy against the epoch."""
-        return curves.draw(self.record, self.language)
+        return curves.draw(self.record)
 
     def animate(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Draw the curves as they grew, as a GIF; by default `compare.gif` in the folder."""
         path = Path(path) if path is not None else self.folder / "compare.gif"
-        animation.compare(self.record, path, self.language)
-        return path
-
-    def save(self, path: str | os.PathLike[str] | None = None) -> Path:
-        """Write the page, one offline file; by default `report.html` in the folder."""
-        path = Path(path) if path is not None else self.folder / "report.html"
-        page.write(self.record, path, self.language)
+        animation.compare(self.record, path)
         return path
 
     def write(self) -> None:
         """Write every file of the folder that is made from the record."""
         write_summary(self.record, self.folder / "summary.json")
         write_table(self.record, self.folder / "table.csv")
-        curves.save(self.record, self.folder / "curves.svg", self.language)
-        animation.write(self.record, self.folder, self.language)
-        self.save()
-
-    def _repr_html_(self) -> str:
-        return page.fragment(self.record, self.language)
+        curves.save(self.record, self.folder / "curves.svg")
+        animation.write(self.record, self.folder)
 
 
 def compare(
@@ -76,7 +64,6 @@ def compare(
     threads: int | None = None,
     initialization: str | None = None,
     progress: Progress | None = None,
-    language: Language = "en",
     **options: Any,
 ) -> Comparison:
     """Train a network with each arm in the place of its batch norm, from the same weights.
@@ -101,7 +88,6 @@ def compare(
         initialization: "xavier-uniform" (the default of lenet), "kaiming-normal", or "as-built"
             (the default of other networks).
         progress: where progress is shown; by default on standard error.
-        language: of the pictures and the page, "en" or "zh".
         **options: other fields of `CellConfig`: batch_size, learning_rate, optimizer, schedule,
             momentum, weight_decay, evaluations_per_epoch, recalibration_images, train_images,
             device.
@@ -118,11 +104,11 @@ def compare(
     folder = Path(out) if out is not None else grid.default_folder(common)
     with grid.alone_in(folder):
         grid.run(plan, build, data, data_dir, folder, progress or console.Console())
-        return report(folder, language)
+        return report(folder)
 
 
-def report(folder: str | os.PathLike[str], language: Language = "en") -> Comparison:
-    """Make the pictures, the tables and the page of a folder again, from its record alone."""
-    comparison = Comparison(read(folder), language)
+def report(folder: str | os.PathLike[str]) -> Comparison:
+    """Make the pictures and the tables of a folder again, from its record alone."""
+    comparison = Comparison(read(folder))
     comparison.write()
     return comparison
