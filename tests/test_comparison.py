@@ -217,7 +217,6 @@ def test_help(arguments):
             "--network",
             "--schedule",
             "--threads",
-            "--lang",
             "--quiet",
             "--out",
         ):

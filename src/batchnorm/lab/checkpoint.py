@@ -1,6 +1,7 @@
 """The checkpoint of a cell: all that training needs to go on with the same numbers."""
 
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -44,7 +45,10 @@ def save(
         "record_bytes": record_bytes,
     }
     partial = path.with_suffix(".part")
-    torch.save(content, partial)
+    # through memory: torch.save into a full disk raises a RuntimeError that names no file
+    buffer = BytesIO()
+    torch.save(content, buffer)
+    partial.write_bytes(buffer.getbuffer())
     partial.replace(path)
 
 
