@@ -28,6 +28,7 @@ FILES = {
     "without.gif",
     "with.gif",
     "compare.gif",
+    "report.html",
 }
 SMALL = {"batch_size": 32, "threads": 2, "progress": Silent()}
 OPTIONS = ["--data", "tiny:images", "--batch-size", "32", "--threads", "2", "--epochs", "2"]

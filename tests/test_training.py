@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import tiny
 from batchnorm import BatchNormError
@@ -48,7 +50,7 @@ class Interrupts(Silent):
     def __init__(self, arm: str, step: int) -> None:
         self.arm, self.at = arm, step
 
-    def step(self, config, step, loss, examples_per_second):  # noqa: ARG002
+    def step(self, config, step, loss, accuracy, speed):  # noqa: ARG002
         if config.arm == self.arm and step == self.at:
             raise KeyboardInterrupt
 
@@ -92,14 +94,22 @@ def test_a_cell_holds_an_evaluation_at_the_start_and_at_each_mark(tmp_path):
     assert not list((tmp_path / CELLS).glob("*.pt"))
 
 
-def test_training_loss_is_the_mean_over_the_epoch_so_far(tmp_path):
-    seen = []
+def test_training_loss_is_the_mean_over_the_epoch_so_far(tmp_path, monkeypatch):
+    seen, told = [], []
+
+    def cross_entropy(logits, labels):
+        loss = F.cross_entropy(logits, labels)
+        seen.append(loss.item())
+        return loss
 
     class Keep(Silent):
-        def step(self, config, step, loss, examples_per_second):  # noqa: ARG002
-            seen.append(loss)
+        def step(self, config, step, loss, accuracy, speed):  # noqa: ARG002
+            told.append(loss)
 
+    functions = SimpleNamespace(cross_entropy=cross_entropy)
+    monkeypatch.setattr("batchnorm.lab.training.F", functions)
     (config,) = run(tmp_path, arms=["batch"], progress=Keep(), evaluations_per_epoch=2)
+    assert told[:10] == pytest.approx([sum(seen[:k]) / k for k in range(1, 11)])
     cell = read_cell(cell_path(tmp_path, config))
     assert cell.evaluations[1].train_loss == pytest.approx(sum(seen[:5]) / 5)
     assert cell.evaluations[2].train_loss == pytest.approx(sum(seen[:10]) / 10)

@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Language = StrEnum("Language", ["en", "zh"])
 Schedule = StrEnum(
     "Schedule", [("CONSTANT", "constant"), ("COSINE", "cosine"), ("ONE", "one-cycle")]
 )
@@ -77,6 +78,9 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the record; runs/compare-… by default.")
     ] = None,
+    lang: Annotated[
+        Language, typer.Option(help="Of the pictures, the page and the table.")
+    ] = Language.en,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Train with and without batch normalization, record it, show it.
@@ -85,6 +89,7 @@ def compare(
     """
     from batchnorm import comparison  # noqa: PLC0415  # loads torch: not for --help
     from batchnorm.views import console  # noqa: PLC0415
+    from batchnorm.views.words import Words  # noqa: PLC0415
 
     with said():
         result = comparison.compare(
@@ -98,7 +103,8 @@ def compare(
             data_dir=data_dir,
             threads=threads,
             initialization=None if initialization is None else initialization.value,
-            progress=console.Console(quiet=quiet),
+            language=lang.value,
+            progress=console.Console(Words(lang.value), quiet=quiet),
             batch_size=batch_size,
             learning_rate=learning_rate,
             optimizer=optimizer.value,
@@ -110,19 +116,23 @@ def compare(
             train_images=train_images,
             device=device,
         )
-        console.show(result.record)
+        console.show(result.record, result.words)
 
 
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a comparison.")],
+    lang: Annotated[
+        Language, typer.Option(help="Of the pictures, the page and the table.")
+    ] = Language.en,
 ) -> None:
-    """Make the pictures and the tables of a record again."""
+    """Make the pictures, the tables and the page of a record again."""
     from batchnorm import comparison  # noqa: PLC0415
     from batchnorm.views import console  # noqa: PLC0415
 
     with said():
-        console.show(comparison.report(folder).record)
+        result = comparison.report(folder, language=lang.value)
+        console.show(result.record, result.words)
 
 
 @contextlib.contextmanager

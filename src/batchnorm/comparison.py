@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ from batchnorm.lab.data import Images, Loaders
 from batchnorm.lab.progress import Progress
 from batchnorm.lab.record import Record, read
 from batchnorm.lab.summary import ArmSummary, summarize, write_summary, write_table
-from batchnorm.views import animation, console, curves
+from batchnorm.views import animation, console, curves, fonts, page
+from batchnorm.views.words import Words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ class Comparison:
     """What a comparison found: its record, and the views of it."""
 
     record: Record
+    words: Words = field(default_factory=Words)
 
     @property
     def folder(self) -> Path:
@@ -34,21 +36,31 @@ class Comparison:
         return {summary.arm: summary for summary in summarize(self.record)}
 
     def plot(self) -> "Figure":
-        """Draw test accuracy, training loss and training accuracy against the epoch."""
-        return curves.draw(self.record)
+        """Draw accuracies and losses against the epoch."""
+        return curves.draw(self.record, self.words)
 
     def animate(self, path: str | os.PathLike[str] | None = None) -> Path:
         """Draw the curves as they grew, as a GIF; by default `compare.gif` in the folder."""
         path = Path(path) if path is not None else self.folder / "compare.gif"
-        animation.compare(self.record, path)
+        animation.compare(self.record, path, self.words)
         return path
+
+    def save(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Write the page, one offline file; by default `report.html` in the folder."""
+        path = Path(path) if path is not None else self.folder / "report.html"
+        page.save(self.record, path, self.words)
+        return path
+
+    def _repr_html_(self) -> str:
+        return page.html(self.record, self.words)
 
     def write(self) -> None:
         """Write every file of the folder that is made from the record."""
         write_summary(self.record, self.folder / "summary.json")
         write_table(self.record, self.folder / "table.csv")
-        curves.save(self.record, self.folder / "curves.svg")
-        animation.write(self.record, self.folder)
+        curves.save(self.record, self.folder / "curves.svg", self.words)
+        animation.write(self.record, self.folder, self.words)
+        self.save()
 
 
 def compare(
@@ -63,6 +75,7 @@ def compare(
     seed: int = 0,
     threads: int | None = None,
     initialization: str | None = None,
+    language: str = "en",
     progress: Progress | None = None,
     **options: Any,
 ) -> Comparison:
@@ -87,6 +100,7 @@ def compare(
             of different thread counts differ.
         initialization: "xavier-uniform" (the default of lenet), "kaiming-normal", or "as-built"
             (the default of other networks).
+        language: of the pictures and the page, "en" or "zh".
         progress: where progress is shown; by default on standard error.
         **options: other fields of `CellConfig`: batch_size, learning_rate, optimizer, schedule,
             momentum, weight_decay, evaluations_per_epoch, recalibration_images, train_images,
@@ -97,18 +111,20 @@ def compare(
 
     Raises:
         BatchNormError: an unknown name, a number out of range, a folder of another configuration,
-            a network or data function that fails.
+            a network or data function that fails, no font for the language.
     """
+    words = Words(language)
+    fonts.family(words)  # said before the training, not after it
     common, build = grid.configure(network, data, epochs, threads, initialization, options)
     plan = grid.plan(common, arms, range(seed, seed + seeds))
     folder = Path(out) if out is not None else grid.default_folder(common)
     with grid.alone_in(folder):
-        grid.run(plan, build, data, data_dir, folder, progress or console.Console())
-        return report(folder)
+        grid.run(plan, build, data, data_dir, folder, progress or console.Console(words))
+        return report(folder, language=language)
 
 
-def report(folder: str | os.PathLike[str]) -> Comparison:
-    """Make the pictures and the tables of a folder again, from its record alone."""
-    comparison = Comparison(read(folder))
+def report(folder: str | os.PathLike[str], *, language: str = "en") -> Comparison:
+    """Make the pictures, the tables and the page of a folder again, from its record alone."""
+    comparison = Comparison(read(folder), Words(language))
     comparison.write()
     return comparison

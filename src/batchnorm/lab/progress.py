@@ -16,9 +16,12 @@ class Progress(Protocol):
         """A cell of so many steps begins, or goes on, at `step`."""
 
     def step(
-        self, config: CellConfig, step: int, loss: float, examples_per_second: float | None
+        self, config: CellConfig, step: int, loss: float, accuracy: float, speed: float | None
     ) -> None:
-        """A step is done. Called after each: must cost nothing."""
+        """A step is done: loss and accuracy of the epoch so far, examples per second.
+
+        Called after each step: must cost nothing.
+        """
 
     def evaluation(self, config: CellConfig, evaluation: Evaluation) -> None:
         """A line was recorded."""
@@ -40,7 +43,7 @@ class Silent:
         pass
 
     def step(
-        self, config: CellConfig, step: int, loss: float, examples_per_second: float | None
+        self, config: CellConfig, step: int, loss: float, accuracy: float, speed: float | None
     ) -> None:
         pass
 

@@ -72,13 +72,14 @@ class Header:
     data_digest: str  # SHA-256 of the data, or "" where it comes from a user's loader
     train_images: int
     test_images: int
+    statistics_images: int  # of the first test batch: for the statistics inside the layers
     steps_per_epoch: int
     layers: list[str]  # the places where the network has batch normalization, in order of the pass
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Per channel, over the first test images in evaluation mode; lists of length C.
+    """Per channel, over the first test batch in evaluation mode; lists of length C.
 
     A number that is not finite (the cell diverged) is None.
     """

@@ -4,10 +4,10 @@ import csv
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from batchnorm.lab.record import FORMAT, Cell, Evaluation, Record
 
@@ -89,6 +89,39 @@ def _speed(cell: Cell) -> float | None:
     header, last = cell.header, cell.last
     examples = last.epoch * header.train_images
     return examples / last.seconds if last.seconds > 0 else None
+
+
+class Point(NamedTuple):
+    """A value at an evaluation, on both axes against which curves are drawn."""
+
+    epoch: float
+    seconds: float
+    value: float
+
+
+def curve(cell: Cell, quantity: str) -> list[Point]:
+    """One cell's values of a quantity, without the evaluations that lack it."""
+    return [
+        Point(evaluation.epoch, evaluation.seconds, value)
+        for evaluation in cell.evaluations
+        if (value := getattr(evaluation, quantity)) is not None
+    ]
+
+
+def mean_curve(cells: Sequence[Cell], quantity: str) -> list[Point]:
+    """The mean over cells, at the evaluations that every one of them has.
+
+    It ends where the first of them diverged: a mean over the others would flatter the arm.
+    """
+    by_epoch: dict[float, list[Point]] = {}
+    for cell in cells:
+        for point in curve(cell, quantity):
+            by_epoch.setdefault(point.epoch, []).append(point)
+    return [
+        Point(*map(statistics.fmean, zip(*points, strict=True)))
+        for _, points in sorted(by_epoch.items())
+        if len(points) == len(cells)
+    ]
 
 
 def write_summary(record: Record, path: Path) -> None:

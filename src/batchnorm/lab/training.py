@@ -42,8 +42,6 @@ from batchnorm.lab.record import (
     read_cell,
 )
 
-STATISTICS_IMAGES = 1_000  # test images over which the statistics inside the layers are taken
-
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adamw": torch.optim.AdamW,
@@ -207,7 +205,11 @@ def _step(training: Training, inputs: Tensor, labels: Tensor) -> None:
     counters.epoch_correct += correct
     counters.epoch_images += len(labels)
     counters.last_images += len(labels)
-    training.progress.step(config, counters.step, value, _speed(counters))
+    seen = counters.epoch_images
+    training.progress.step(
+        config, counters.step, counters.epoch_loss / seen, counters.epoch_correct / seen,
+        _speed(counters),
+    )  # fmt: skip
 
 
 def _speed(counters: Counters) -> float | None:
@@ -243,7 +245,7 @@ def _evaluate(training: Training) -> Evaluation:
             loss, accuracy = evaluate(model, batches.test(), config.device)
     seen = counters.epoch_images
     inputs, _ = next(batches.test())
-    layers = layer_statistics(model, training.places, inputs[:STATISTICS_IMAGES].to(config.device))
+    layers = layer_statistics(model, training.places, inputs.to(config.device))
     return Evaluation(
         step=counters.step,
         epoch=counters.step / batches.steps_per_epoch,
@@ -312,6 +314,7 @@ def _header(training: Training) -> Header:
         data_digest=batches.digest,
         train_images=batches.train_images,
         test_images=batches.test_images,
+        statistics_images=len(next(batches.test())[0]),
         steps_per_epoch=batches.steps_per_epoch,
         layers=training.places,
     )

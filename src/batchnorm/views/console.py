@@ -1,30 +1,41 @@
 """The terminal: progress on standard error, the table on standard output."""
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from batchnorm.lab.record import CellConfig, Done, Evaluation, Record
-from batchnorm.lab.summary import Spread, summarize
-from batchnorm.views.words import ARM_NAMES
+from batchnorm.lab.summary import ArmSummary, summarize
+from batchnorm.views.verdict import figure, number, verdict
+from batchnorm.views.words import Words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+EVERY = 10  # steps between two looks at the numbers of a bar
 
 
 class Console:
-    """A bar a cell on a terminal, a line an evaluation elsewhere, nothing when quiet."""
+    """A bar a cell on a terminal and in a notebook, a line an evaluation elsewhere."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, words: Words | None = None, *, quiet: bool = False) -> None:
+        self._words = words or Words()
         self._console = rich.console.Console(stderr=True, quiet=quiet, highlight=False)
+        self._live = self._console.is_terminal or self._console.is_jupyter
         self._bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=None, table_column=Column(min_width=3, ratio=1)),
             TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True, table_column=Column(min_width=5, no_wrap=True)),
+            expand=True,
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._live,
         )
         self._tasks: dict[CellConfig, TaskID] = {}
+        self._evaluations: dict[CellConfig, Evaluation] = {}
+        self._steps_per_epoch: dict[CellConfig, int] = {}
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -35,85 +46,96 @@ class Console:
 
     def start(self, config: CellConfig, steps: int, step: int) -> None:
         self._tasks[config] = self._bars.add_task(
-            _name(config), total=steps, completed=step, numbers=""
+            f"{config.arm}, {self._words('seed')} {config.seed}",  # short: a bar has 80 columns
+            total=steps,
+            completed=step,
+            numbers="",
         )
+        self._steps_per_epoch[config] = steps // config.epochs
 
     def step(
-        self,
-        config: CellConfig,
-        step: int,
-        loss: float,  # noqa: ARG002  # the running mean, shown at evaluations, is steadier
-        examples_per_second: float | None,  # noqa: ARG002
+        self, config: CellConfig, step: int, loss: float, accuracy: float, speed: float | None
     ) -> None:
-        self._bars.update(self._tasks[config], completed=step)
+        if self._live and step % EVERY == 0:
+            epoch = f"{step / self._steps_per_epoch[config]:.1f}/{config.epochs}"
+            numbers = f"{epoch} {self._moving(config, loss, accuracy, speed)}"
+            self._bars.update(self._tasks[config], completed=step, numbers=numbers)
 
     def evaluation(self, config: CellConfig, evaluation: Evaluation) -> None:
-        numbers = _numbers(evaluation)
-        if config in self._tasks:
-            self._bars.update(self._tasks[config], numbers=numbers)
-        if not self._console.is_terminal:
-            self._console.print(f"{_name(config)}: {numbers}", soft_wrap=True)
+        self._evaluations[config] = evaluation
+        if self._live:
+            if config in self._tasks:
+                self._bars.update(self._tasks[config], completed=evaluation.step)
+        else:
+            line = f"{self._name(config)}: {self._whole(evaluation)}"
+            self._console.print(line, soft_wrap=True)
 
     def finish(self, config: CellConfig, done: Done) -> None:
         if done.diverged:
-            self._console.print(f"{_name(config)}: diverged; training stopped there")
+            self._console.print(self._words("cell diverged", cell=self._name(config)))
+
+    def _name(self, config: CellConfig) -> str:
+        return self._words("cell", arm=self._words(config.arm), seed=config.seed)
+
+    def _moving(self, config: CellConfig, loss: float, accuracy: float, speed: float | None) -> str:
+        """For a bar: the epoch so far, then the last evaluation."""
+        parts = [
+            f"{self._words('loss')} {_short(loss)}",
+            f"{self._words('train')} {_short(accuracy)}",
+        ]
+        if evaluation := self._evaluations.get(config):
+            tests = (evaluation.test_accuracy, evaluation.recalibrated_test_accuracy)
+            parts.append(" ".join([self._words("test"), *map(_short, filter(None, tests))]))
+        if speed:
+            parts.append(f"{speed / 1000:.0f}k/s")
+        return " ".join(parts)
+
+    def _whole(self, evaluation: Evaluation) -> str:
+        words = self._words
+        parts = [
+            (words("epoch"), f"{evaluation.epoch:.1f}"),
+            (words("loss"), figure(evaluation.train_loss)),
+            (words("train"), figure(evaluation.train_accuracy)),
+            (words("test"), figure(evaluation.test_accuracy)),
+            (words("recalibrated"), figure(evaluation.recalibrated_test_accuracy)),
+            (words("examples_per_second"), figure(evaluation.examples_per_second, 0)),
+        ]
+        return "  ".join(f"{name} {value}" for name, value in parts)
 
 
-def _name(config: CellConfig) -> str:
-    return f"{ARM_NAMES[config.arm]}, seed {config.seed}"
+def _short(value: float) -> str:
+    """Three digits, without the zero before the point."""
+    return f"{value:.3f}".removeprefix("0")
 
 
-def _numbers(evaluation: Evaluation) -> str:
-    parts = [
-        ("epoch", f"{evaluation.epoch:.1f}"),
-        ("loss", _number(evaluation.train_loss)),
-        ("train", _number(evaluation.train_accuracy)),
-        ("test", _number(evaluation.test_accuracy)),
-        ("recalibrated", _number(evaluation.recalibrated_test_accuracy)),
-        ("examples/s", _number(evaluation.examples_per_second, 0)),
-    ]
-    return "  ".join(f"{name} {value}" for name, value in parts)
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def table(record: Record) -> Table:
+def table(record: Record, words: Words) -> Table:
     """A row an arm: the last evaluation, mean ± standard deviation over the seeds."""
-    found = Table(title="At the last evaluation")
-    for column in (
-        "",
-        "train loss",
-        "train acc.",
-        "test acc.",
-        "recalibrated",
-        "examples/s",
-        "parameters",
-        "diverged",
-    ):
-        found.add_column(column, justify="right" if column else "left")
-    for arm in summarize(record):
-        found.add_row(
-            ARM_NAMES[arm.arm],
-            _spread(arm.train_loss),
-            _spread(arm.train_accuracy),
-            _spread(arm.test_accuracy),
-            _spread(arm.recalibrated_test_accuracy),
-            _spread(arm.examples_per_second, 0),
-            f"{arm.parameters:,}",
-            str(len(arm.diverged)),
+    found = Table(title=words("at the end"))
+    columns: dict[str, Callable[[ArmSummary], str]] = {
+        "": lambda arm: words(arm.arm),
+        "train loss short": lambda arm: number(arm.train_loss),
+        "train accuracy short": lambda arm: number(arm.train_accuracy),
+        "test accuracy short": lambda arm: number(arm.test_accuracy),
+        "recalibrated short": lambda arm: number(arm.recalibrated_test_accuracy),
+        "examples short": lambda arm: number(arm.examples_per_second, 0),
+        "parameters short": lambda arm: f"{arm.parameters:,}",
+    }
+    summaries = summarize(record)
+    if any(arm.diverged for arm in summaries):
+        columns["diverged"] = lambda arm: f"{len(arm.diverged)}/{len(arm.seeds)}"
+    for key in columns:
+        found.add_column(
+            words(key) if key else "", justify="right" if key else "left", overflow="fold"
         )
+    for arm in summaries:
+        found.add_row(*(cell(arm) for cell in columns.values()))
     return found
 
 
-def _spread(spread: Spread, digits: int = 3) -> str:
-    text = _number(spread.mean, digits)
-    return text if spread.sd is None else f"{text} ± {_number(spread.sd, digits)}"
-
-
-def show(record: Record) -> None:
-    """Print the table, and where the files are."""
+def show(record: Record, words: Words) -> None:
+    """Print the verdict, the table, and where the files are."""
     console = rich.console.Console(highlight=False)
-    console.print(table(record))
-    console.print(f"The record and the pictures are in {record.folder}", soft_wrap=True)
+    console.print(table(record, words))
+    for sentence in verdict(record, words):
+        console.print(sentence, markup=False)
+    console.print(words("files are in", folder=record.folder), soft_wrap=True, markup=False)

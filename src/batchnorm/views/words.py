@@ -1,10 +1,264 @@
-"""What the arms are called in pictures and tables."""
+"""The words of tables, pictures and the page, in English and Chinese."""
 
-ARM_NAMES = {
-    "none": "without BN",
-    "batch": "with BN",
-    "batch-torch": "with torch.nn's BN",
-    "batch-note": "with the note's BN",
-    "group": "with group norm",
-    "layer": "with layer norm",
+from batchnorm.errors import BatchNormError
+
+LANGUAGES = ("en", "zh")
+
+PHRASES: dict[str, tuple[str, str]] = {
+    # the arms
+    "none": ("without BN", "无批量归一化"),
+    "batch": ("with BN", "有批量归一化"),
+    "batch-torch": ("with torch.nn's BN", "有 torch.nn 的批量归一化"),
+    "batch-note": ("with the note's BN", "有笔记中的批量归一化"),
+    "group": ("with group norm", "有组归一化"),
+    "layer": ("with layer norm", "有层归一化"),
+    # the quantities
+    "epoch": ("epoch", "轮数"),
+    "seconds": ("seconds of training", "训练秒数"),
+    "train_loss": ("train loss", "训练损失"),
+    "train_accuracy": ("train accuracy", "训练精度"),
+    "test_loss": ("test loss", "测试损失"),
+    "test_accuracy": ("test accuracy", "测试精度"),
+    "recalibrated_test_loss": ("test loss, recalibrated", "测试损失（重新校准）"),
+    "recalibrated_test_accuracy": ("test accuracy, recalibrated", "测试精度（重新校准）"),
+    "examples_per_second": ("examples/s", "样本/秒"),
+    "parameters": ("parameters", "参数个数"),
+    "input_mean": ("mean of the input", "输入的均值"),
+    "input_var": ("variance of the input", "输入的方差"),
+    "output_mean": ("mean of the output", "输出的均值"),
+    "output_var": ("variance of the output", "输出的方差"),
+    "weight": ("weight (γ)", "权重 γ"),
+    "bias": ("bias (β)", "偏置 β"),
+    # lines and cells
+    "seed": ("seed", "种子"),
+    "running line": ("{arm}, running statistics", "{arm}，滑动统计量"),
+    "recalibrated line": ("{arm}, recalibrated", "{arm}，重新校准"),
+    "diverged": ("diverged", "发散"),
+    "arm diverged": ("{arm} (diverged)", "{arm}（发散）"),
+    "cell": ("{arm}, seed {seed}", "{arm}，种子 {seed}"),
+    "cell diverged": (
+        "{cell}: diverged; training stopped there",
+        "{cell}：损失发散，训练到此为止",
+    ),
+    "unfinished": ("unfinished", "未完成"),
+    # the table on the terminal
+    "at the end": ("At the last evaluation", "最后一次评估"),
+    "loss": ("loss", "损失"),
+    "train": ("train", "训练"),
+    "test": ("test", "测试"),
+    "train loss short": ("train\nloss", "训练\n损失"),
+    "train accuracy short": ("train\naccuracy", "训练\n精度"),
+    "test accuracy short": ("test\naccuracy", "测试\n精度"),
+    "recalibrated": ("recalibrated", "重新校准"),
+    "recalibrated short": ("recali-\nbrated", "重新\n校准"),
+    "examples short": ("examples\n/s", "样本\n/秒"),
+    "parameters short": ("para-\nmeters", "参数\n个数"),
+    "files are in": (
+        "The record, the pictures and report.html are in {folder}",
+        "记录、图片和 report.html 都在 {folder}",
+    ),
+    # the verdict
+    "both": (
+        (
+            "With batch normalization, {network} ends at a test accuracy of {again} with recalibrated "
+            "statistics ({running} with the running ones); without it, at {none}."
+        ),
+        (
+            "加入批量归一化后，{network} 最终的测试精度为 {again}（重新校准统计量；用滑动统计量为 "
+            "{running}）；不加则为 {none}。"
+        ),
+    ),
+    "one": (
+        "{network} {arm} ends at a test accuracy of {running}.",
+        "{network} {arm}，最终的测试精度为 {running}。",
+    ),
+    "one recalibrated": (
+        (
+            "{network} {arm} ends at a test accuracy of {again} with recalibrated statistics "
+            "({running} with the running ones)."
+        ),
+        "{network} {arm}，最终的测试精度为 {again}（重新校准统计量；用滑动统计量为 {running}）。",
+    ),
+    "some diverged": (
+        (
+            "{arm}: the loss stopped being finite in {count} of {total} seeds, and training ended "
+            "there; their numbers are from that point."
+        ),
+        "{arm}：{total} 个种子中有 {count} 个损失发散，训练到此为止；所示为停止时的数值。",
+    ),
+    "some unfinished": (
+        "{arm}: {count} of {total} seeds are not finished; the numbers are those so far.",
+        "{arm}：{total} 个种子中有 {count} 个未完成；所示为目前的数值。",
+    ),
+    "gain hidden": (
+        (
+            "The gain over no normalization is {gain}; {hidden} of it hides behind running statistics "
+            "that lag behind the weights, and shows only after recalibration."
+        ),
+        (
+            "相比不加归一化，精度提高 {gain}；其中 {hidden} 因滑动统计量落后于权重而看不到，"
+            "重新校准后才显现。"
+        ),
+    ),
+    "gain plain": (
+        (
+            "The difference to no normalization is {gain}; recalibrating the statistics changes the "
+            "accuracy by {hidden}, which is within the sampling error of the test images."
+        ),
+        (
+            "相比不加归一化，精度变化为 {gain}；重新校准统计量使精度变化 {hidden}，"
+            "在测试图片的抽样误差之内。"
+        ),
+    ),
+    "gain lost": (
+        (
+            "The difference to no normalization is {gain}; recalibrating the statistics changed the "
+            "accuracy by {hidden}: here the running ones did better."
+        ),
+        (
+            "相比不加归一化，精度变化为 {gain}；重新校准统计量使精度变化 {hidden}："
+            "此处滑动统计量更好。"
+        ),
+    ),
+    "gain none": (
+        (
+            "The difference to no normalization is {gain}; recalibrating the statistics changed "
+            "the accuracy by {hidden}."
+        ),
+        "与不加归一化相比，精度相差 {gain}；重新校准统计量使精度变化 {hidden}。",
+    ),
+    "sooner": (
+        (
+            "With the running statistics it passes {value} after {epochs} epochs and {seconds} s of "
+            "training; without normalization that took {all_epochs} epochs and {all_seconds} s. It "
+            "sees {speed} times as many examples a second."
+        ),
+        (
+            "用滑动统计量，它训练 {epochs} 轮（{seconds} 秒）后超过 {value}；不加归一化则用了 "
+            "{all_epochs} 轮（{all_seconds} 秒）。它每秒处理的样本数是后者的 {speed} 倍。"
+        ),
+    ),
+    "exploratory": (
+        "One seed: what another seed would give is not known.",
+        "只有一个种子：换一个种子会怎样尚不知道。",
+    ),
+    "seeds": (
+        "Means over {count} seeds ± standard deviation between seeds.",
+        "{count} 个种子的均值 ± 种子间的标准差。",
+    ),
+    # is it 0.9?
+    "is it": ("Is it 0.9?", "有 0.9 吗？"),
+    "the claim": (
+        (
+            "The note says that, with batch normalization, ten epochs give a test accuracy of about "
+            "0.9. After {epochs} epochs here:"
+        ),
+        "笔记说：加入批量归一化，扫十遍数据，测试精度可以达到 0.9 左右。这里训练 {epochs} 轮之后：",
+    ),
+    "yes": ("yes", "有"),
+    "within": ("within 2 errors", "两倍误差之内"),
+    "no": ("no", "没有"),
+    "number": ("number", "数值"),
+    "sampling error": ("sampling error", "抽样误差"),
+    "answer": ("0.9?", "有 0.9 吗？"),
+    "sampling note": (
+        (
+            "Sampling error: √(p(1−p)/n) for n images, of the train or test set; it does not hold the "
+            "spread between seeds. Train accuracy is the running one of the last epoch, as in the book."
+        ),
+        (
+            "抽样误差：√(p(1−p)/n)，n 为训练集或测试集的图片数，不含种子之间的差异。"
+            "训练精度是最后一轮中的累计精度，与书中相同。"
+        ),
+    ),
+    # the page
+    "title": (
+        "{network} on {data}, with and without batch normalization",
+        "{network} 在 {data} 上：有无批量归一化的对比",
+    ),
+    "accuracy heading": ("Test accuracy as training goes", "训练中的测试精度"),
+    "accuracy text": (
+        (
+            "Running statistics are averages over the last few dozen batches, while the weights went "
+            "on changing; recalibrated ones are means and variances over {images} training images with "
+            "the weights as they stand."
+        ),
+        (
+            "滑动统计量是最近几十个批量的平均，而其间权重一直在变；"
+            "重新校准的统计量是用当前权重在 {images} 张训练图片上算出的均值和方差。"
+        ),
+    ),
+    "mean line": (
+        "Thick: mean over the seeds. Thin: each seed.",
+        "粗线：各种子的均值；细线：每个种子。",
+    ),
+    "play": ("Play", "播放"),
+    "until": ("up to epoch", "到第几轮"),
+    "table heading": ("The numbers", "数值"),
+    "arm": ("arm", "对比组"),
+    "curves heading": ("Curves", "曲线"),
+    "against": ("against", "横轴"),
+    "show": ("show", "显示"),
+    "every number": ("Every number of these curves", "曲线上的全部数值"),
+    "layers heading": ("Inside the layers", "层的内部"),
+    "layers text": (
+        (
+            "At each place of a normalization layer, over {images} test images in evaluation mode, seed "
+            "{seed}: the median of the channels, and the range from their 5th to their 95th percentile."
+        ),
+        (
+            "每个归一化层所在之处，在评估模式下对 {images} 张测试图片统计，种子 {seed}："
+            "线为各通道的中位数，带为第 5 到第 95 百分位。"
+        ),
+    ),
+    "layers some": (
+        "{shown} of {all} layers, evenly spaced; the others are in the record.",
+        "共 {all} 层，均匀选出 {shown} 层；其余在记录中。",
+    ),
+    "statistic": ("statistic", "统计量"),
+    "ran heading": ("What was run, and where", "运行了什么，在哪里"),
+    "again heading": ("Run it again", "再运行一次"),
+    "again text": (
+        "The same processor, versions and thread count give the same numbers, but for times.",
+        "处理器、版本和线程数相同，则除时间外数值完全相同。",
+    ),
+    "again python": (
+        "The network or the data came from Python objects; this call names them.",
+        "网络或数据来自 Python 对象；下面的调用列出了它们的名字。",
+    ),
+    "files": ("Files beside this page", "同一文件夹中的文件"),
+    "script needed": (
+        (
+            "The curves are drawn by a script, which this browser does not run. The tables hold every "
+            "number, and curves.svg is a picture of them."
+        ),
+        "曲线由脚本绘制，而此浏览器没有运行脚本。表格中有全部数值，curves.svg 是曲线的图片。",
+    ),
+    "chart failed": ("This chart could not be drawn:", "此图无法绘制："),
+    "configuration": ("configuration", "配置"),
+    "value": ("value", "值"),
+    "default": ("all", "全部"),
 }
+
+
+NAMES = {"lenet": "LeNet", "fashion-mnist": "Fashion-MNIST"}  # of a record's configuration
+
+
+def name(configured: str) -> str:
+    """A network or data set as it is written in a sentence; a user's own as it is."""
+    return NAMES.get(configured, configured)
+
+
+class Words:
+    """The phrases of one language: `words("epoch")`, `words("cell", arm=…, seed=…)`."""
+
+    def __init__(self, language: str = "en") -> None:
+        if language not in LANGUAGES:
+            raise BatchNormError(
+                f"the language is {language!r} and should be one of {', '.join(LANGUAGES)}."
+            )
+        self.language = language
+
+    def __call__(self, key: str, /, **values: object) -> str:
+        phrase = PHRASES[key][LANGUAGES.index(self.language)]
+        return phrase.format(**values) if values else phrase
