@@ -174,7 +174,7 @@ def fashion_mnist(data_dir: Path | None = None, *, cache: Path | None = None) ->
         + "\n  ".join(reasons)
         + f"\nInstall it with `apt-get install {DEBIAN_PACKAGE}`, or put "
         + ", ".join(f"{file.name}.gz" for file in FILES)
-        + f" from {MIRRORS[1]} into a folder and name it with --data-dir."
+        + f" from {MIRRORS[-1]} into a folder and name it with --data-dir."
     )
 
 
@@ -227,7 +227,7 @@ def _download(url: str, cache: Path) -> list[bytes]:
             try:
                 fetch(f"{url}{name}", str(folder / name), None)
             except (OSError, ValueError) as error:  # requests' errors are OSErrors
-                raise Unavailable(f"{type(error).__name__}") from error
+                raise Unavailable(f"{type(error).__name__}: {str(error)[:120]}") from error
         return _keep(folder, cache)
 
 

@@ -1,0 +1,301 @@
+"""Fashion-MNIST from every place it may come from, and what is said when a place fails."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from batchnorm import BatchNormError
+from batchnorm.lab import data
+from batchnorm.lab.data import Images, Loaders, fashion_mnist, load
+
+NAMES = [file.name for file in data.FILES]
+
+
+def idx(array):
+    """The file format of MNIST."""
+    header = bytes([0, 0, 8, array.ndim])
+    return header + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+GENERATOR = np.random.default_rng(0)
+ARRAYS = [
+    GENERATOR.integers(0, 256, (6, 28, 28), dtype=np.uint8),
+    GENERATOR.integers(0, 10, 6, dtype=np.uint8),
+    GENERATOR.integers(0, 256, (3, 28, 28), dtype=np.uint8),
+    GENERATOR.integers(0, 10, 3, dtype=np.uint8),
+]
+CONTENTS = dict(zip(NAMES, map(idx, ARRAYS), strict=True))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """A Fashion-MNIST of nine images, and no place that has it."""
+    files = tuple(
+        data.File(name, hashlib.sha256(content).hexdigest()) for name, content in CONTENTS.items()
+    )
+    monkeypatch.setattr(data, "FILES", files)
+    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "usr/share/datasets/fashion-mnist")
+    monkeypatch.setattr(data, "MIRRORS", ("http://127.0.0.1:9/",) * 2)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def put(folder, level=9, **changed):
+    """The four files, compressed; `changed` gives some of them other bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in CONTENTS.items():
+        written = changed.get(name.split("-")[0] + "_" + name.split("-")[1], content)
+        (folder / f"{name}.gz").write_bytes(gzip.compress(written, level))
+    return folder
+
+
+def is_ours(images):
+    assert images.train_images.shape == (6, 1, 28, 28)
+    np.testing.assert_allclose(images.train_images[:, 0] * 255, ARRAYS[0], rtol=1e-6)
+    np.testing.assert_array_equal(images.train_labels, ARRAYS[1])
+    np.testing.assert_allclose(images.test_images[:, 0] * 255, ARRAYS[2], rtol=1e-6)
+    np.testing.assert_array_equal(images.test_labels, ARRAYS[3])
+    return True
+
+
+class Server:
+    """A folder behind HTTP on this machine, and what was asked of it."""
+
+    def __init__(self, folder):
+        self.asked = asked = []
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def log_request(self, code="-", size="-"):  # noqa: ARG002
+                asked.append(self.path)
+
+            def log_message(self, *arguments):
+                pass
+
+        handler = functools.partial(Handler, directory=folder)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.thread = threading.Thread(target=self.server.serve_forever)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server.server_address[1]}/"
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+def apt(tmp_path, packaged, fails=False):
+    """An apt-get and a dpkg-deb that find the package in a folder."""
+    script = "exit 1" if fails else 'case "$*" in *download*) : > data.deb;; esac'
+    said = "echo 'E: no such package' >&2;" if fails else ""
+    target = f"{data.DEBIAN_FOLDER.relative_to('/')}"
+    unpack = f'/bin/mkdir -p "$3/{target}" && /bin/cp "{packaged}"/* "$3/{target}"'
+    for name, body in (("apt-get", said + script), ("dpkg-deb", unpack)):
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+
+
+class TestTheOrder:
+    def test_a_named_folder_comes_first(self, tmp_path, cache):
+        put(cache, train_images=b"corrupt, and never looked at")
+        assert is_ours(fashion_mnist(put(tmp_path / "mine"), cache=cache))
+
+    def test_then_the_cache(self, tmp_path, cache):
+        put(data.DEBIAN_FOLDER, train_images=b"corrupt, and never looked at")
+        assert is_ours(fashion_mnist(cache=put(cache)))
+        assert is_ours(fashion_mnist(tmp_path / "nowhere", cache=cache))
+
+    def test_then_debians_folder(self, cache):
+        put(data.DEBIAN_FOLDER)
+        assert is_ours(fashion_mnist(cache=cache))
+        assert not cache.exists()
+
+    def test_then_a_mirror_and_the_next_time_the_cache(self, tmp_path, cache, monkeypatch):
+        with Server(put(tmp_path / "mirror")) as mirror:
+            monkeypatch.setattr(data, "MIRRORS", (mirror.url, "http://127.0.0.1:9/"))
+            assert is_ours(fashion_mnist(cache=cache))
+            assert len(mirror.asked) == 4
+            assert is_ours(fashion_mnist(cache=cache))
+            assert len(mirror.asked) == 4
+
+    def test_then_debians_package(self, tmp_path, cache):
+        apt(tmp_path, put(tmp_path / "packaged"))
+        assert is_ours(fashion_mnist(cache=cache))
+        assert is_ours(data._images(data._read(cache)))
+
+
+@pytest.mark.parametrize("level", [0, 1, 9])
+def test_files_that_were_compressed_anew_are_the_same_files(tmp_path, level, cache):
+    assert is_ours(fashion_mnist(put(tmp_path / "mine", level=level), cache=cache))
+
+
+def test_files_that_are_not_compressed_are_read_too(tmp_path, cache):
+    for name, content in CONTENTS.items():
+        (tmp_path / name).write_bytes(content)
+    assert is_ours(fashion_mnist(tmp_path, cache=cache))
+
+
+def flipped(content):
+    return content[:100] + bytes([content[100] ^ 1]) + content[101:]
+
+
+def test_a_mirror_with_a_flipped_bit_is_passed_over(tmp_path, cache, monkeypatch, caplog):
+    bad = put(tmp_path / "bad", t10k_images=flipped(CONTENTS[NAMES[2]]))
+    with Server(bad) as first, Server(put(tmp_path / "good")) as second:
+        monkeypatch.setattr(data, "MIRRORS", (first.url, second.url))
+        assert is_ours(fashion_mnist(cache=cache))
+    assert "t10k-images-idx3-ubyte.gz is corrupt" in caplog.text
+    assert is_ours(data._images(data._read(cache)))
+
+
+def test_a_mirror_that_lacks_a_file_leaves_nothing_in_the_cache(tmp_path, cache, monkeypatch):
+    folder = put(tmp_path / "mirror")
+    (folder / f"{NAMES[3]}.gz").unlink()
+    with Server(folder) as mirror:
+        monkeypatch.setattr(data, "MIRRORS", (mirror.url,))
+        with pytest.raises(BatchNormError, match=r"mirror http.*HTTPError"):
+            fashion_mnist(cache=cache)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-20]), "cannot be read"),
+        (lambda path: path.write_bytes(b"<html>captive portal</html>"), "cannot be read"),
+        (lambda path: path.write_bytes(gzip.compress(b"another file")), "is corrupt: SHA-256"),
+        (lambda path: path.write_bytes(b""), "is corrupt: SHA-256"),
+    ],
+    ids=["cut", "not gzip", "another", "empty"],
+)
+def test_a_corrupt_file_in_the_named_folder_is_said(tmp_path, cache, spoil, said):
+    folder = put(tmp_path / "mine")
+    spoil(folder / f"{NAMES[1]}.gz")
+    put(cache)
+    with pytest.raises(BatchNormError, match=f"{NAMES[1]}.gz {said}.*leave out --data-dir"):
+        fashion_mnist(folder, cache=cache)
+
+
+def test_a_corrupt_cache_is_passed_over_and_mended(tmp_path, cache, monkeypatch, caplog):
+    put(cache, train_labels=b"what a full disk left")
+    with Server(put(tmp_path / "mirror")) as mirror:
+        monkeypatch.setattr(data, "MIRRORS", (mirror.url,))
+        assert is_ours(fashion_mnist(cache=cache))
+    assert "looking elsewhere" in caplog.text
+    assert is_ours(data._images(data._read(cache)))
+
+
+def test_an_interrupted_copy_into_the_cache_is_not_taken_for_whole(tmp_path, cache, monkeypatch):
+    copied = []
+
+    def copyfile(source, target):
+        if len(copied) == 2:
+            raise KeyboardInterrupt
+        copied.append(target)
+        Path(target).write_bytes(Path(source).read_bytes())
+
+    with Server(put(tmp_path / "mirror")) as mirror:
+        monkeypatch.setattr(data, "MIRRORS", (mirror.url,))
+        with monkeypatch.context() as patch:
+            patch.setattr(data.shutil, "copyfile", copyfile)
+            with pytest.raises(KeyboardInterrupt):
+                fashion_mnist(cache=cache)
+        asked = len(mirror.asked)
+        assert is_ours(fashion_mnist(cache=cache))
+        assert len(mirror.asked) == asked + 4
+
+
+def test_a_cache_that_cannot_be_written_still_gives_the_images(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    with Server(put(tmp_path / "mirror")) as mirror:
+        monkeypatch.setattr(data, "MIRRORS", (mirror.url,))
+        assert is_ours(fashion_mnist(cache=tmp_path / "file" / "cache"))
+    assert "cannot keep Fashion-MNIST in the cache" in caplog.text
+
+
+def test_when_nothing_has_it_every_place_and_a_remedy_are_named(tmp_path, cache):
+    apt(tmp_path, tmp_path, fails=True)
+    with pytest.raises(BatchNormError) as caught:
+        fashion_mnist(tmp_path / "mine", cache=cache)
+    said = str(caught.value)
+    for part in (
+        f"--data-dir {tmp_path / 'mine'}: no such folder",
+        f"the cache {cache}: no such folder",
+        "the mirror http://127.0.0.1:9/: ConnectionError",
+        "Debian's package dataset-fashion-mnist: apt-get failed (E: no such package)",
+        "apt-get install dataset-fashion-mnist",
+        f"{NAMES[0]}.gz",
+    ):
+        assert part in said
+
+
+def test_without_apt_that_is_said(cache):
+    with pytest.raises(BatchNormError, match=r"Debian's package .*: no apt-get here"):
+        fashion_mnist(cache=cache)
+
+
+def test_the_real_images(monkeypatch):
+    """As published: 60,000 and 10,000, a tenth of each in every class; mean .2860, std .3530."""
+    monkeypatch.undo()
+    images = fashion_mnist()
+    assert images.train_images.shape == (60_000, 1, 28, 28)
+    assert images.test_images.shape == (10_000, 1, 28, 28)
+    assert images.train_images.dtype == torch.float32
+    assert (images.train_images.min(), images.train_images.max()) == (0, 1)
+    std, mean = torch.std_mean(images.train_images.double())
+    assert (round(mean.item(), 4), round(std.item(), 4)) == (0.2860, 0.3530)
+    assert images.train_labels.bincount().tolist() == [6000] * 10
+    assert images.test_labels.bincount().tolist() == [1000] * 10
+    assert images.train_labels[:5].tolist() == [9, 0, 0, 3, 0]
+
+
+def wrong(**changed):
+    parts = {
+        "train_images": torch.rand(4, 1, 2, 2),
+        "train_labels": torch.zeros(4).long(),
+        "test_images": torch.rand(2, 1, 2, 2),
+        "test_labels": torch.zeros(2).long(),
+    }
+    return lambda: Images(**(parts | changed))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (wrong(train_images=torch.zeros(4, 2).byte()), r"train data are images of torch.uint8.*\.float"),
+        (wrong(test_labels=torch.zeros(2)), r"test data .* labels of torch.float32.*\.long"),
+        (wrong(train_labels=torch.zeros(3).long()), r"images of shape \(4, 1, 2, 2\) and labels of shape \(3,\)"),
+        (wrong(test_images=torch.rand(0, 1), test_labels=torch.zeros(0).long()), "N from 1"),
+        (lambda: load("nowhere"), "no data called 'nowhere'"),
+        (lambda: load("tiny:not_a_network"), "returned a int and should return four tensors"),
+        (lambda: load("tiny:raises"), "data function tiny:raises raised KeyError"),
+        (lambda: load("tiny:missing"), "missing"),
+    ],
+)  # fmt: skip
+def test_data_of_ones_own_that_do_not_fit_are_said(make, said):
+    with pytest.raises(BatchNormError, match=said):
+        make()
+
+
+def test_data_of_ones_own_are_tensors_or_loaders():
+    assert isinstance(load("tiny:images"), Images)
+    assert isinstance(load("tiny:as_images"), Images)
+    assert isinstance(load("tiny:loaders"), Loaders)
