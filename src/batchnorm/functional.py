@@ -66,7 +66,7 @@ def batch_norm(
 
 
 def _check_input(x: Tensor, training: bool) -> None:
-    if x.dim() < 2:
+    if x.dim() < 2 and x.shape != (0,):  # which torch lets through
         raise BatchNormError(
             f"batch_norm got an input of shape {tuple(x.shape)} and wants (N, C, *spatial), rank 2 "
             "or more. Add the batch axis with input[None], the channel axis with input[:, None]."
@@ -91,7 +91,7 @@ def _check_channels(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    channels = x.shape[1]
+    channels = x.shape[1] if x.dim() > 1 else 0
     # spelled out: this runs on every call, and a loop over a dict costs a microsecond
     if running_mean is not None and running_mean.numel() != channels:
         raise _wrong_channels(x, "running_mean", running_mean)
