@@ -1,0 +1,160 @@
+"""An oracle is seen to fail: each fault, put into the code, breaks the test that stands for it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import test_evaluation
+import test_layers
+import test_views
+from batchnorm import kernels, layers, reference
+from batchnorm.lab import evaluation
+from batchnorm.lab import summary as lab_summary
+from batchnorm.views import verdict
+
+
+def operator(
+    *, eps_scale=1.0, bessel=True, swapped=False, unbiased=False, stop_mean=False, affine=True,
+    axes=None, in_place=True,
+):  # fmt: skip
+    """Batch norm by elementary operations; with the defaults it is right."""
+
+    def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps):
+        over = axes or [axis for axis in range(x.dim()) if axis != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        mean, var = running_mean, running_var
+        if training:
+            count = x.numel() // x.shape[1]
+            mean, var = x.mean(over), x.var(over, correction=int(unbiased))
+            mean = mean.detach() if stop_mean else mean
+            if running_mean is not None and in_place:
+                share = 1 - momentum if swapped else momentum
+                with torch.no_grad():
+                    running_mean.lerp_(mean.to(running_mean), share)
+                    running_var.lerp_(
+                        (var * count / (count - 1 if bessel else count)).to(running_var), share
+                    )
+        y = (x - mean.view(shape)) / (var.view(shape) + eps * eps_scale).sqrt()
+        if affine and weight is not None:
+            y = y * weight.view(shape)
+        return y if bias is None else y + bias.view(shape)
+
+    return batch_norm
+
+
+def the_reference_test():
+    for std in (2.0, 1e-3):
+        test_layers.test_training_beside_the_reference((4, 3, 5, 7), torch.float32, std)
+
+
+def torch_in_training():
+    pair = test_layers.PAIRS[2]
+    test_layers.test_same_numbers_as_torch(*pair, options={}, training=True)
+
+
+def torch_in_evaluation():
+    pair = test_layers.PAIRS[2]
+    test_layers.test_same_numbers_as_torch(*pair, options={}, training=False)
+
+
+def a_pixel_is_a_sample():
+    test_layers.test_a_pixel_is_a_sample()
+
+
+def test_the_operator_without_a_fault_passes(monkeypatch):
+    monkeypatch.setattr(kernels, "batch_norm", operator())
+    the_reference_test()
+    torch_in_evaluation()
+
+
+OPERATORS = {
+    "eps forgotten": (operator(eps_scale=0), the_reference_test),
+    "eps ten times": (operator(eps_scale=10), torch_in_evaluation),
+    "running variance without Bessel": (operator(bessel=False), the_reference_test),
+    "momentum swapped": (operator(swapped=True), the_reference_test),
+    "normalized with the unbiased variance": (operator(unbiased=True), the_reference_test),
+    "mean held constant in backward": (operator(stop_mean=True), the_reference_test),
+    "weight forgotten": (operator(affine=False), torch_in_training),
+    "statistics not updated": (operator(in_place=False), torch_in_training),
+}
+
+
+@pytest.mark.parametrize(("mutant", "oracle"), OPERATORS.values(), ids=OPERATORS)
+def test_a_fault_in_the_operator_is_seen(monkeypatch, mutant, oracle):
+    monkeypatch.setattr(kernels, "batch_norm", mutant)
+    with pytest.raises(AssertionError):
+        oracle()
+
+
+def test_statistics_of_each_image_by_itself_are_seen(monkeypatch):
+    def per_position(x, *arguments):
+        if x.dim() == 4:
+            x = x + x.mean((2, 3), keepdim=True)
+        return operator()(x, *arguments)
+
+    monkeypatch.setattr(kernels, "batch_norm", per_position)
+    with pytest.raises(AssertionError):
+        a_pixel_is_a_sample()
+
+
+def naive_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.mean((0, *range(2, x.dim())))
+    return mean, x.square().mean((0, *range(2, x.dim()))) - mean.square()
+
+
+def test_a_variance_of_one_pass_is_seen(monkeypatch):
+    test_layers.test_the_reference_keeps_its_digits_far_from_zero()
+    monkeypatch.setattr(reference, "moments", naive_moments)
+    with pytest.raises(AssertionError):
+        test_layers.test_the_reference_keeps_its_digits_far_from_zero()
+
+
+def test_a_counter_that_starts_at_zero_is_seen(monkeypatch):
+    right = layers._Forward._normalize_and_average
+
+    def late(self, x):
+        self.num_batches_tracked.add_(1)
+        return right(self, x)
+
+    monkeypatch.setattr(layers._Forward, "_normalize_and_average", late)
+    pair = test_layers.PAIRS[2]
+    with pytest.raises(AssertionError):
+        test_layers.test_same_numbers_as_torch(*pair, options={"momentum": None}, training=True)
+
+
+def merge_without_the_gap(self, mean, var_biased, count):
+    total = self.count + count
+    self.squares = self.squares + var_biased.double() * count
+    self.mean = (self.mean * self.count + mean.double() * count) / total
+    self.count = total
+
+
+@pytest.fixture
+def trained():
+    return test_evaluation.trained.__wrapped__()
+
+
+def test_a_merge_that_forgets_the_gap_between_the_means_is_seen(monkeypatch, trained):
+    monkeypatch.setattr(evaluation.Moments, "merge", merge_without_the_gap)
+    with pytest.raises(AssertionError):
+        test_evaluation.test_population_statistics_of_the_first_layer_do_not_depend_on_the_split(
+            trained, 7
+        )
+
+
+def test_a_mean_over_the_survivors_is_seen(monkeypatch, tmp_path):
+    right = lab_summary.mean_curve
+
+    def survivors(cells, quantity):
+        longest = max(cells, key=lambda cell: len(cell.evaluations))
+        return right([longest], quantity)
+
+    monkeypatch.setattr(test_views, "mean_curve", survivors)
+    with pytest.raises(AssertionError):
+        test_views.test_the_mean_ends_where_the_first_seed_diverged(tmp_path)
+
+
+def test_a_sampling_error_of_the_variance_is_seen(monkeypatch, tmp_path):
+    monkeypatch.setattr(verdict, "sampling_error", lambda share, n: share * (1 - share) / n)
+    with pytest.raises(AssertionError):
+        test_views.test_is_it_090_answers_with_the_sampling_error(tmp_path)
