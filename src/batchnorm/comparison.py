@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What a comparison found: its record, and the views of it."""
 
     record: Record
     words: Words = field(default_factory=Words)
+
+    def __repr__(self) -> str:
+        return f"Comparison of {', '.join(self.record.arms)} in {self.folder}"
 
     @property
     def folder(self) -> Path:

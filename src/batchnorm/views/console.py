@@ -1,6 +1,7 @@
 """The terminal: progress on standard error, the table on standard output."""
 
-from typing import TYPE_CHECKING, Self
+import time
+from typing import TYPE_CHECKING, Any, Self
 
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -14,7 +15,10 @@ from batchnorm.views.words import Words
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from IPython.display import DisplayHandle
+
 EVERY = 10  # steps between two looks at the numbers of a bar
+NOTEBOOK_SECONDS = 0.25  # between two drawings
 
 
 class Console:
@@ -23,7 +27,10 @@ class Console:
     def __init__(self, words: Words | None = None, *, quiet: bool = False) -> None:
         self._words = words or Words()
         self._console = rich.console.Console(stderr=True, quiet=quiet, highlight=False)
-        self._live = self._console.is_terminal or self._console.is_jupyter
+        self._notebook: DisplayHandle | None = None
+        self._drawn = 0.0
+        in_notebook = self._console.is_jupyter
+        self._live = not quiet and (self._console.is_terminal or in_notebook)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None, table_column=Column(min_width=3, ratio=1)),
@@ -31,7 +38,7 @@ class Console:
             TimeRemainingColumn(compact=True, table_column=Column(min_width=5, no_wrap=True)),
             expand=True,
             console=self._console,
-            disable=quiet or not self._live,
+            disable=in_notebook or not self._live,  # a notebook's cell is drawn by IPython
         )
         self._tasks: dict[CellConfig, TaskID] = {}
         self._evaluations: dict[CellConfig, Evaluation] = {}
@@ -39,10 +46,16 @@ class Console:
 
     def __enter__(self) -> Self:
         self._bars.start()
+        if self._live and self._console.is_jupyter:
+            from IPython.display import display  # noqa: PLC0415  # is there, in a notebook
+
+            self._notebook = display(self._bars, display_id=True)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._bars.stop()
+        if self._notebook is not None:
+            self._notebook.update(self._bars)
 
     def start(self, config: CellConfig, steps: int, step: int) -> None:
         self._tasks[config] = self._bars.add_task(
@@ -59,16 +72,22 @@ class Console:
         if self._live and step % EVERY == 0:
             epoch = f"{step / self._steps_per_epoch[config]:.1f}/{config.epochs}"
             numbers = f"{epoch} {self._moving(config, loss, accuracy, speed)}"
-            self._bars.update(self._tasks[config], completed=step, numbers=numbers)
+            self._update(config, completed=step, numbers=numbers)
 
     def evaluation(self, config: CellConfig, evaluation: Evaluation) -> None:
         self._evaluations[config] = evaluation
         if self._live:
             if config in self._tasks:
-                self._bars.update(self._tasks[config], completed=evaluation.step)
+                self._update(config, completed=evaluation.step)
         else:
             line = f"{self._name(config)}: {self._whole(evaluation)}"
             self._console.print(line, soft_wrap=True)
+
+    def _update(self, config: CellConfig, **fields: Any) -> None:
+        self._bars.update(self._tasks[config], **fields)
+        if self._notebook is not None and time.monotonic() - self._drawn > NOTEBOOK_SECONDS:
+            self._drawn = time.monotonic()
+            self._notebook.update(self._bars)
 
     def finish(self, config: CellConfig, done: Done) -> None:
         if done.diverged:

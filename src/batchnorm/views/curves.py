@@ -1,5 +1,6 @@
 """Curves against the epoch, as a figure and as `curves.svg`."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,19 @@ QUANTITIES = ("train_loss", "train_accuracy", "test_loss")
 WIDTH = 1.6
 
 
+class Curves(Figure):
+    """A figure that a notebook shows, whether or not pyplot was imported there."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
 def draw(record: Record, words: Words) -> Figure:
     """Test accuracy in all its lines, and a panel for each other quantity."""
     with mpl.rc_context({"font.family": fonts.family(words)}):
-        figure = Figure(figsize=(10, 7), layout="constrained")
+        figure = Curves(figsize=(10, 7), layout="constrained")
         panels = {"test_accuracy": accuracy_lines(record, words)}
         panels |= {name: quantity_lines(record, name, words) for name in QUANTITIES}
         for axes, (name, lines) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
