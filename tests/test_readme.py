@@ -1,20 +1,86 @@
-"""The README's code runs as it stands there."""
+"""Both READMEs: their code runs, their commands parse, their links lead somewhere."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import batchnorm
+import tiny
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-)
+READMES = ["README.md", "README.zh-CN.md"]
 
 
-def test_there_is_code():
-    assert BLOCKS
+def text(name):
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("code", BLOCKS)
-def test_the_code_runs(code):
-    exec(compile(code, "README.md", "exec"), {})  # noqa: S102  # our own README
+def blocks(name, kind):
+    return re.findall(rf"```{kind}\n(.*?)```", text(name), re.DOTALL)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_code_runs(name):
+    (code,) = blocks(name, "python")
+    names = {}
+    exec(compile(code, name, "exec"), names)  # noqa: S102  # our own README
+    assert isinstance(names["layer"], torch.nn.BatchNorm2d)
+    assert names["y"].shape == (8, 64, 7, 7)
+    assert names["z"].shape == (8, 5, 3)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_comparison_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(name, "python with-your-own")
+    small = {"epochs": 1, "seeds": 1, "batch_size": 32}
+
+    class Library:
+        @staticmethod
+        def compare(*arguments, **options):
+            return batchnorm.compare(*arguments, **(options | small))
+
+    names = {"batchnorm": Library, "build_network": tiny.network, "images": tiny.as_images()}
+    exec(compile(code, name, "exec"), names)  # noqa: S102
+    assert names["result"].summary["batch"].test_accuracy.values
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_commands_options_exist(name):
+    shell = "\n".join(blocks(name, "sh")).replace("\\\n", " ")
+    lines = [line.partition("#")[0] for line in shell.splitlines()]
+    lines += re.findall(r"`(batchnorm [^`]*)`", text(name))
+    commands = [shlex.split(line) for line in lines if "batchnorm" in line]
+    assert len(commands) > 3
+    for _, command, *options in commands:
+        run = [sys.executable, "-m", "batchnorm", command, "--help"]
+        helped = subprocess.run(
+            run, capture_output=True, text=True, check=True, env={"COLUMNS": "200"}
+        )
+        for option in options:
+            if option.startswith("--"):
+                assert option in helped.stdout
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_make_targets_exist(name):
+    makefile = text("Makefile")
+    for target in re.findall(r"make (\w+)", text(name)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md"])
+def test_links_and_pictures_are_there(name):
+    for link in re.findall(r"\]\(([^)#]+)\)", text(name)):
+        if not link.startswith("http"):
+            assert (ROOT / link).exists(), link
+
+
+def test_both_languages_give_the_same_numbers():
+    english, chinese = (set(re.findall(r"\d*\.\d{2,}", text(name))) for name in READMES)
+    assert english == chinese

@@ -67,7 +67,7 @@ def _sooner(record: Record, none: ArmSummary, norm: ArmSummary, words: Words) ->
         words(
             "sooner",
             value=figure(end.value),
-            epochs=f"{there.epoch:g}",
+            epochs=f"{there.epoch:.1f}",
             seconds=f"{there.seconds:.0f}",
             all_epochs=f"{end.epoch:g}",
             all_seconds=f"{end.seconds:.0f}",
