@@ -182,6 +182,10 @@ def one_line(stderr: str) -> bool:
         (["--network", "tiny:nowhere"], "nowhere"),
         (["--network", "no_such_module:f"], "no_such_module"),
         (["--data", "tiny:raises"], "raised KeyError"),
+        (["--data", "tiny:colour_images"], "raised RuntimeError: Given groups=1"),
+        (["--data", "tiny:eleven_classes"], "raised IndexError: Target 10 is out of bounds"),
+        (["--data", "tiny:breaking"], "a loader (Breaking) raised OSError: the disk is gone. What"),
+        (["--network", "tiny:no_parameters"], "raised ValueError: optimizer got an empty"),
         (["--out", "/dev/null/here"], "Not a directory (/dev/null/here"),
     ],
 )
@@ -199,6 +203,20 @@ def test_an_option_that_does_not_parse_has_status_2(arguments):
     assert result.returncode == 2
     assert arguments[0] in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_record_of_another_version_is_said_and_not_touched(tmp_path, folder):
+    (tmp_path / CELLS).mkdir()
+    path = tmp_path / CELLS / "0.jsonl"
+    line = next((folder / CELLS).glob("*.jsonl")).read_text().splitlines()[0]
+    for content in (line.replace('"parameters"', '"weights"'), line[: len(line) // 2], "[1]"):
+        path.write_text(content + "\n")
+        for arguments in (["report", tmp_path], ["compare", *OPTIONS, "--out", tmp_path]):
+            result = command(*arguments)
+            assert result.returncode == 2
+            assert one_line(result.stderr)
+            assert "is not a record of this version" in result.stderr
+        assert path.read_text() == content + "\n"
 
 
 def test_report_of_a_folder_without_a_record(tmp_path):

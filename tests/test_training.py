@@ -99,7 +99,8 @@ def test_training_loss_is_the_mean_over_the_epoch_so_far(tmp_path, monkeypatch):
 
     def cross_entropy(logits, labels):
         loss = F.cross_entropy(logits, labels)
-        seen.append(loss.item())
+        if loss.requires_grad:  # a step, and not the rehearsal
+            seen.append(loss.item())
         return loss
 
     class Keep(Silent):
@@ -255,6 +256,49 @@ def test_what_is_borrowed_from_torch_comes_back(tmp_path):
     finally:
         torch.set_num_threads(2)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_what_is_borrowed_comes_back_when_a_loader_raises(tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    torch.set_num_threads(1)  # the cell takes 2
+    try:
+        with pytest.raises(BatchNormError, match=r"a loader .Breaking. raised OSError"):
+            run(tmp_path, arms=["batch"], data=Loaders(*tiny.breaking()))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(read_cell(next((tmp_path / CELLS).glob("*.jsonl"))).evaluations) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"PK and no more", None], ids=["empty", "other", "cut"])
+def test_a_corrupt_checkpoint_is_said_and_nothing_is_lost(tmp_path, content):
+    run(tmp_path / "whole", arms=["batch"])
+    cut = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, arms=["batch"], progress=Interrupts("batch", 13))
+    (checkpoint,) = (cut / CELLS).glob("*.pt")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:2000] if content is None else content)
+    before = contents(cut)
+    with pytest.raises(BatchNormError, match=r"checkpoint .* cannot be read .* Move it away"):
+        run(cut, arms=["batch"])
+    assert contents(cut) == before
+    checkpoint.unlink()
+    run(cut, arms=["batch"])
+    assert contents(cut) == contents(tmp_path / "whole")
+
+
+def test_every_arm_is_rehearsed_before_the_first_is_trained(tmp_path):
+    def network():
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(1, 4, 3), torch.nn.SyncBatchNorm(4), torch.nn.Flatten(),
+            torch.nn.Linear(4 * 26 * 26, 10),
+        )  # fmt: skip
+
+    with pytest.raises(BatchNormError, match="batch-torch got a SyncBatchNorm"):
+        run(tmp_path, arms=["none", "batch-torch"], network=network)
+    assert not (tmp_path / CELLS).exists()
 
 
 def test_a_last_batch_of_one_image_is_left_out(tmp_path):

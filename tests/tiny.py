@@ -1,5 +1,7 @@
 """Data and networks for tests: small, fast, and learnable. Also what `--data tiny:images` finds."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -52,6 +54,44 @@ class Residual(nn.Module):
         x = self.norm1(self.conv1(self.pool(x))).relu()
         x = x + self.norm2(self.conv2(x))
         return self.linear(self.dropout(x.relu()).flatten(1))
+
+
+def colour_images() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    train, labels, test, test_labels = images()
+    return train.expand(-1, 3, -1, -1), labels, test.expand(-1, 3, -1, -1), test_labels
+
+
+def eleven_classes() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    train, labels, test, test_labels = images()
+    return train, labels + 1, test, test_labels + 1
+
+
+class Breaking:
+    """A loader whose source goes away in the second pass; the first is for the statistics."""
+
+    dataset = range(320)
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __len__(self) -> int:
+        return 10
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        train, labels, _, _ = images()
+        for place, batch in enumerate(zip(train.split(32), labels.split(32), strict=True)):
+            if self.passes == 2 and place == 2:
+                raise OSError("the disk is gone\nand more")
+            yield batch
+
+
+def breaking() -> tuple[Breaking, DataLoader[tuple[Tensor, ...]]]:
+    return Breaking(), loaders()[1]
+
+
+def no_parameters() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784, affine=False))
 
 
 def without_norm() -> nn.Module:

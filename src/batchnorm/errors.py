@@ -8,3 +8,9 @@ class BatchNormError(ValueError, RuntimeError):
     half and the other from its C++ half for mistakes of the same kind; code that catches either
     from torch.nn's layers goes on working.
     """
+
+
+def brief(error: BaseException) -> str:
+    """What an exception says, in a line."""
+    first_line = str(error).strip().partition("\n")[0].removesuffix(".")
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__

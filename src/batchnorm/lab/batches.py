@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, brief
 from batchnorm.lab.data import Images, Loaders
 
 Batch = tuple[Tensor, Tensor]  # (N, ...) inputs, (N,) labels
@@ -114,7 +114,7 @@ def _examples(loader: Any) -> int:
 
 
 def _checked(loader: Any) -> Iterator[Batch]:
-    for batch in loader:
+    for batch in _said(loader):
         match batch:
             case [Tensor() as inputs, Tensor() as labels] if len(inputs) == len(labels):
                 yield inputs, labels
@@ -123,3 +123,14 @@ def _checked(loader: Any) -> Iterator[Batch]:
                     f"a loader gave a batch of type {type(batch).__name__} and should give a pair "
                     "(inputs, labels) of tensors of equal length."
                 )
+
+
+def _said(loader: Any) -> Iterator[Any]:
+    """What a loader gives; what it raises is said to be its own."""
+    try:
+        yield from loader
+    except Exception as error:
+        raise BatchNormError(
+            f"a loader ({type(loader).__name__}) raised {brief(error)}. What is "
+            "recorded stays; mend the loader, and the same command goes on."
+        ) from error

@@ -1,11 +1,15 @@
 """The checkpoint of a cell: all that training needs to go on with the same numbers."""
 
+import os
+import pickle
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from batchnorm.errors import BatchNormError, brief
 
 
 @dataclass
@@ -42,13 +46,17 @@ def save(
         "scheduler": scheduler.state_dict(),
         "counters": asdict(counters),
         "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "record_bytes": record_bytes,
     }
     partial = path.with_suffix(".part")
     # through memory: torch.save into a full disk raises a RuntimeError that names no file
     buffer = BytesIO()
     torch.save(content, buffer)
-    partial.write_bytes(buffer.getbuffer())
+    with partial.open("wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # before the move: a power cut leaves a whole file, too
     partial.replace(path)
 
 
@@ -59,7 +67,13 @@ def load(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> tuple[Counters, int]:
     """Put everything back, torch's random state too; return the counters and the record's length."""
-    content = torch.load(path, map_location="cpu")
+    try:
+        content = torch.load(path, map_location="cpu")
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise BatchNormError(
+            f"the checkpoint {path} cannot be read ({brief(error)}). Move it "
+            "away: its cell then begins again."
+        ) from error
     model.load_state_dict(content["model"])
     for name, tensor in content["plain"].items():
         place, _, attribute = name.rpartition(".")
@@ -67,6 +81,8 @@ def load(
     optimizer.load_state_dict(content["optimizer"])
     scheduler.load_state_dict(content["scheduler"])
     torch.set_rng_state(content["random"])
+    if content["random_cuda"]:
+        torch.cuda.set_rng_state_all(content["random_cuda"])
     return Counters(**content["counters"]), content["record_bytes"]
 
 

@@ -19,7 +19,7 @@ import pooch
 import torch
 from torch import Tensor
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, brief
 from batchnorm.lab import plugins
 
 log = logging.getLogger("batchnorm")
@@ -85,8 +85,7 @@ def load(spec: str, data_dir: Path | None = None) -> Images | Loaders:
         raise
     except Exception as error:
         raise BatchNormError(
-            f"the data function {spec} raised {type(error).__name__}: {error}. "
-            "Call it by itself to see where."
+            f"the data function {spec} raised {brief(error)}. Call it by itself to see where."
         ) from error
     match found:
         case Images() | Loaders():
@@ -227,7 +226,7 @@ def _download(url: str, cache: Path) -> list[bytes]:
             try:
                 fetch(f"{url}{name}", str(folder / name), None)
             except (OSError, ValueError) as error:  # requests' errors are OSErrors
-                raise Unavailable(f"{type(error).__name__}: {str(error)[:120]}") from error
+                raise Unavailable(f"{brief(error)[:140]}") from error
         return _keep(folder, cache)
 
 

@@ -18,7 +18,7 @@ from batchnorm.lab.batches import Batches, LoaderBatches, TensorBatches
 from batchnorm.lab.data import Images, Loaders, load
 from batchnorm.lab.progress import Progress
 from batchnorm.lab.record import CELLS, CellConfig, cell_path, read_cell
-from batchnorm.lab.training import OPTIMIZERS, SCHEDULES, train_cell
+from batchnorm.lab.training import OPTIMIZERS, SCHEDULES, rehearse, train_cell
 
 Data: TypeAlias = str | Images | Loaders
 
@@ -83,6 +83,8 @@ def run(
     if not waiting:
         return
     batches = _batches(data, data_dir, configs[0])
+    for config in {config.arm: config for config in waiting}.values():
+        rehearse(config, network, batches)  # before the hours, not after them
     with progress:
         for config in waiting:
             train_cell(config, network, batches, folder, progress)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, brief
 from batchnorm.lab import plugins
 
 Network = Callable[[], nn.Module]
@@ -71,8 +71,7 @@ def build(name: str, network: Network) -> nn.Module:
         model = network()
     except Exception as error:
         raise BatchNormError(
-            f"the network function {name} raised {type(error).__name__}: {error}. "
-            "Call it by itself to see where."
+            f"the network function {name} raised {brief(error)}. Call it by itself to see where."
         ) from error
     if not isinstance(model, nn.Module):
         raise BatchNormError(

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, brief
 
 
 def resolve(spec: str, what: str) -> Callable[..., Any]:
@@ -16,7 +16,7 @@ def resolve(spec: str, what: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise BatchNormError(
-            f"the {what} {spec}: importing {module_name} raised {type(error).__name__}: {error}. "
+            f"the {what} {spec}: importing {module_name} raised {brief(error)}. "
             "Modules are looked for in the current folder and where Python finds its own."
         ) from error
     function = getattr(module, name, None)

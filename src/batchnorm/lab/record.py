@@ -178,17 +178,27 @@ def read_cell(path: Path) -> Cell | None:
     header: Header | None = None
     evaluations: list[Evaluation] = []
     done: Done | None = None
-    for line in _whole_lines(path):
-        match line.pop("kind", None):
-            case "header":
-                config = CellConfig(**line.pop("config"))
-                header = Header(config=config, **line)
-            case "evaluation":
-                layers = {n: LayerStatistics(**v) for n, v in line.pop("layers").items()}
-                evaluations.append(Evaluation(layers=layers, **line))
-            case "done":
-                done = Done(**line)
+    try:
+        for line in _whole_lines(path):
+            match line.pop("kind", None):
+                case "header":
+                    config = CellConfig(**line.pop("config"))
+                    header = Header(config=config, **line)
+                case "evaluation":
+                    layers = {n: LayerStatistics(**v) for n, v in line.pop("layers").items()}
+                    evaluations.append(Evaluation(layers=layers, **line))
+                case "done":
+                    done = Done(**line)
+    except (TypeError, KeyError, AttributeError) as error:  # other fields, or no object at all
+        raise _not_ours(path, str(error)) from error
     return None if header is None else Cell(header, evaluations, done)
+
+
+def _not_ours(path: Path, reason: str) -> BatchNormError:
+    return BatchNormError(
+        f"{path} is not a record of this version of batchnorm ({reason}). Move the file away, and "
+        "the checkpoint beside it; its cell is then trained again."
+    )
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -199,10 +209,7 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 content = json.loads(line)
             except json.JSONDecodeError as error:
-                raise BatchNormError(
-                    f"{path} is not a record of ours: line {number} is not JSON ({error}). "
-                    "Move the file away; its cell is then trained again."
-                ) from error
+                raise _not_ours(path, f"line {number} is not JSON: {error}") from error
             yield content
 
 

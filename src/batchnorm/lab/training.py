@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, brief
 from batchnorm.lab import arms, checkpoint, networks
 from batchnorm.lab.batches import Batch, Batches, epoch_seed
 from batchnorm.lab.checkpoint import Counters
@@ -31,7 +31,7 @@ from batchnorm.lab.evaluation import (
     layer_statistics,
     population_statistics,
 )
-from batchnorm.lab.progress import Progress
+from batchnorm.lab.progress import Progress, Silent
 from batchnorm.lab.record import (
     CellConfig,
     Done,
@@ -89,11 +89,41 @@ def train_cell(
     cell = read_cell(record) if record.exists() else None
     if cell is not None and cell.done is not None:
         return
-    with threads(config.threads), torch.random.fork_rng(_cuda_devices(config.device)):
+    with _borrowed(config), _blamed(config):
         training = _prepare(config, network, batches, record, progress)
         _resume_or_begin(training)
         progress.start(config, training.steps, training.counters.step)
         _run(training)
+
+
+def rehearse(config: CellConfig, network: networks.Network, batches: Batches) -> None:
+    """See that the network can be built with the arm, and takes the data."""
+    with _borrowed(config), _blamed(config):
+        model = _prepare(config, network, batches, Path(), Silent()).model
+        inputs, labels = next(batches.test())
+        with evaluating(model):
+            F.cross_entropy(model(inputs.to(config.device)), labels.to(config.device))
+
+
+@contextmanager
+def _blamed(config: CellConfig) -> Iterator[None]:
+    """What the user's network raises on the user's data is said in a line."""
+    try:
+        yield
+    except (BatchNormError, OSError):
+        raise
+    except Exception as error:
+        raise BatchNormError(
+            f"the network {config.network} with the arm {config.arm} on the data {config.data} "
+            f"raised {brief(error)}. What is recorded stays."
+        ) from error
+
+
+@contextmanager
+def _borrowed(config: CellConfig) -> Iterator[None]:
+    """The thread count of the cell, and a random state that comes back."""
+    with threads(config.threads), torch.random.fork_rng(_cuda_devices(config.device)):
+        yield
 
 
 def _prepare(

@@ -16,16 +16,21 @@ from batchnorm.views.words import Words
 FRAME_MS, LAST_MS = 250, 3000
 FRAMES = 60  # at most: more only make the file large
 DPI = 100
+TOP = 23  # a loss that grew without bound is drawn up to ten times ln 10
 
 
 def write(record: Record, folder: Path, words: Words) -> None:
     """`without.gif` and `with.gif` as in the note, and `compare.gif`."""
-    if "none" in record.arms:
-        lines = training_lines(record, "none", words)
-        _write(lines, folder / "without.gif", words("none"), words)
-    if with_norm := next((arm for arm in record.arms if arm.startswith("batch")), None):
-        lines = training_lines(record, with_norm, words)
-        _write(lines, folder / "with.gif", words(with_norm), words)
+    with_norm = next((arm for arm in record.arms if arm.startswith("batch")), None)
+    pictures = {"without.gif": "none", "with.gif": with_norm}
+    lines = {
+        name: training_lines(record, arm, words)
+        for name, arm in pictures.items()
+        if arm in record.arms
+    }
+    top = _top([line for of_arm in lines.values() for line in of_arm])  # of both: they are compared
+    for name, of_arm in lines.items():
+        _write(of_arm, folder / name, words(of_arm[0].arm), words, top)
     compare(record, folder / "compare.gif", words)
 
 
@@ -34,12 +39,21 @@ def compare(record: Record, path: Path, words: Words) -> None:
     _write(accuracy_lines(record, words), path, words("test_accuracy"), words)
 
 
-def _write(lines: Sequence[Line], path: Path, title: str, words: Words) -> None:
+def _top(lines: Sequence[Line]) -> float:
+    """How high the axes reach: 1 at least, and at most ten times the loss of guessing a tenth."""
+    highest = max((p.value for line in lines for _, ps in line.seeds for p in ps), default=1)
+    return max(1, min(highest * 1.03, TOP))
+
+
+def _write(
+    lines: Sequence[Line], path: Path, title: str, words: Words, top: float | None = None
+) -> None:
+    top = top or _top(lines)
     epochs = sorted({e.epoch for line in lines for cell in line.cells for e in cell.evaluations})
     every = -(-len(epochs) // FRAMES)
     kept = [*epochs[:-1:every], epochs[-1]]
     with mpl.rc_context({"font.family": fonts.family(words)}):
-        frames = [_frame(lines, epoch, epochs[-1], title, words) for epoch in kept]
+        frames = [_frame(lines, epoch, (epochs[-1], top), title, words) for epoch in kept]
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
     frames[0].save(
         path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True
@@ -47,7 +61,7 @@ def _write(lines: Sequence[Line], path: Path, title: str, words: Words) -> None:
 
 
 def _frame(
-    lines: Sequence[Line], until: float, last: float, title: str, words: Words
+    lines: Sequence[Line], until: float, ends: tuple[float, float], title: str, words: Words
 ) -> Image.Image:
     """The curves up to an epoch, in axes that stay; each line's latest value in the legend."""
     figure = Figure(figsize=(6.6, 4.4), dpi=DPI, layout="constrained")
@@ -56,9 +70,8 @@ def _frame(
         shown = [point for point in line.mean if point.epoch <= until]
         value = f"{shown[-1].value:.3f}" if shown else "    –"
         curves.plot(axes, line._replace(label=f"{value}  {line.label}"), until)
-    top = max((p.value for line in lines for _, ps in line.seeds for p in ps), default=1)
-    axes.set(xlim=(0, max(last, 1) * 1.02), xlabel=words("epoch"), title=title)
-    axes.set_ylim(0, max(1, top * 1.03))
+    last, top = ends
+    axes.set(xlim=(0, max(last, 1) * 1.02), ylim=(0, top), xlabel=words("epoch"), title=title)
     curves.decorate(axes)
     # below the axes, where no curve runs
     figure.legend(loc="outside lower center", frameon=False, handlelength=3.2)

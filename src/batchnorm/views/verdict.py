@@ -8,6 +8,7 @@ from batchnorm.lab.summary import ArmSummary, Point, Spread, mean_curve, summari
 from batchnorm.views.words import Words, name
 
 CLAIM = 0.9
+LARGE = 1e7  # from here on, as of a loss that grew without bound, powers of ten are clearer
 
 
 def verdict(record: Record, words: Words) -> list[str]:
@@ -21,8 +22,9 @@ def verdict(record: Record, words: Words) -> list[str]:
         sentences.append(
             words("both", network=network, running=running, again=again, none=_of(none))
         )
-        sentences += _gain(record, none, norm, words)
-        sentences += _sooner(record, none, norm, words)
+        if not none.diverged and not norm.diverged:
+            sentences += _gain(record, none, norm, words)
+            sentences += _sooner(record, none, norm, words)
     else:
         sentences += [_alone(record, summary, words) for summary in arms.values()]
     sentences += _unsure(arms, words)
@@ -161,4 +163,6 @@ def number(spread: Spread, digits: int = 3) -> str:
 
 def figure(value: float | None, digits: int = 3) -> str:
     """A number with its thousands set apart; a dash where there is none."""
-    return "–" if value is None else f"{value:,.{digits}f}"
+    if value is None:
+        return "–"
+    return f"{value:,.{digits}f}" if abs(value) < LARGE else f"{value:.{digits}g}"
