@@ -6,14 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import tiny
+from batchnorm import kernels
 from batchnorm.lab import arms
 from batchnorm.lab.evaluation import (
-    Moments,
-    channel_moments,
     evaluate,
     layer_statistics,
     population_statistics,
 )
+from batchnorm.model.recalibration import Moments
 
 
 def state(model: nn.Module) -> dict[str, object]:
@@ -111,7 +111,7 @@ def test_moments_merge_to_those_of_the_joined_batches():
     x = torch.randn(100, 3, 4, dtype=torch.float64) * torch.tensor([1e-3, 1, 50.0])[:, None] + 1e4
     merged = Moments()
     for piece in x.split([1, 2, 30, 67]):
-        merged.merge(*channel_moments(piece))
+        merged.merge(*kernels.moments(piece), len(piece) * 4)
     torch.testing.assert_close(merged.mean, x.mean((0, 2)), rtol=1e-14, atol=0)
     torch.testing.assert_close(merged.var_unbiased, x.var((0, 2)), rtol=1e-6, atol=0)
     assert merged.count == 400

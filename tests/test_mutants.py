@@ -8,8 +8,8 @@ import test_evaluation
 import test_layers
 import test_views
 from batchnorm import kernels, layers, reference
-from batchnorm.lab import evaluation
 from batchnorm.lab import summary as lab_summary
+from batchnorm.model import recalibration
 from batchnorm.views import verdict
 
 
@@ -135,7 +135,7 @@ def trained():
 
 
 def test_a_merge_that_forgets_the_gap_between_the_means_is_seen(monkeypatch, trained):
-    monkeypatch.setattr(evaluation.Moments, "merge", merge_without_the_gap)
+    monkeypatch.setattr(recalibration.Moments, "merge", merge_without_the_gap)
     with pytest.raises(AssertionError):
         test_evaluation.test_population_statistics_of_the_first_layer_do_not_depend_on_the_split(
             trained, 7

@@ -1,6 +1,6 @@
 """Batch normalization in PyTorch: the layer, what a model needs because of it, a laboratory.
 
-`import batchnorm` loads the layer; the laboratory (`compare`) loads when it is first used.
+`import batchnorm` loads the layer and the tools for whole models; the laboratory (`compare`) loads when it is first used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,8 @@ from batchnorm.errors import BatchNormError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import backend
 from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.model.account import changes
+from batchnorm.model.recalibration import recalibrate
 
 if TYPE_CHECKING:
     from batchnorm.comparison import compare
@@ -22,7 +24,9 @@ __all__ = [
     "BatchNormError",
     "backend",
     "batch_norm",
+    "changes",
     "compare",
+    "recalibrate",
 ]
 
 

@@ -6,6 +6,7 @@ training, updates the running statistics where it has the batch's variance in ha
 digit left once var ≪ eps.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,3 +28,27 @@ def batch_norm(
 ) -> Tensor:
     """Normalize x: (N, C, *spatial); see `batchnorm.batch_norm` for the equations."""
     return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean = Σ x / M,  var_biased = Σ (x − mean)² / M: (C,) each, float32 at least.
+
+    x: (N, C, *spatial), M = N · prod(spatial) values per channel, 1 or more.
+    """
+    x = x if x.dtype in {torch.float32, torch.float64} else x.float()
+    if x.device.type not in {"cpu", "cuda"}:
+        return _moments_of_two_passes(x)
+    # four times faster than torch.var_mean, but in channels_last its sums lose digits far from 0
+    mean, var_biased = torch.batch_norm_update_stats(x, None, None, 0.0)
+    if bool((mean.square() > FAR * FAR * var_biased).any()):
+        return _moments_of_two_passes(x.double())
+    return mean, var_biased
+
+
+FAR = 100  # standard deviations between the mean and 0, from which float32 sums are not trusted
+
+
+def _moments_of_two_passes(x: Tensor) -> tuple[Tensor, Tensor]:
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    var_biased, mean = torch.var_mean(x, axes, correction=0)
+    return mean, var_biased

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from batchnorm import kernels
 from batchnorm.lab.batches import Batch
 from batchnorm.lab.record import LayerStatistics
+from batchnorm.model.recalibration import Collector
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], device: str) -> tuple[float, float]:
@@ -45,71 +46,22 @@ def population_statistics(
 ) -> Iterator[bool]:
     """Inside, the running statistics are those of the batches taken together; then they come back.
 
-    The pass runs in evaluation mode: before a layer normalizes a batch, it is given that batch's
-    mean and variance as if they were the running ones, so that the layers behind it see what they
-    see in training, and nothing else (dropout, counters, momentum) takes notice. Yields whether
-    the model has running statistics at all.
+    Yields whether the model has running statistics at all. The note's layer, which is no
+    `_BatchNorm` of torch's, counts as well.
     """
-    # Any: torch types no attribute of a module
-    layers: list[Any] = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
-    borrowed = [(layer, layer.running_mean, layer.running_var) for layer in layers]
-    merged = {layer: Moments() for layer in layers}
+    layers = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
+    if not layers:
+        yield False
+        return
 
-    def use_batch(layer: Any, args: tuple[Tensor, ...]) -> None:
-        mean, var_biased, count = channel_moments(args[0])
-        merged[layer].merge(mean, var_biased, count)
-        layer.running_mean, layer.running_var = mean, var_biased
+    def forward(model: nn.Module, inputs: Tensor) -> None:
+        model(inputs.to(device))
 
-    try:
-        if layers:
-            with ExitStack() as hooks, evaluating(model):
-                for layer in layers:
-                    hooks.enter_context(layer.register_forward_pre_hook(use_batch))
-                for inputs, _ in batches:
-                    model(inputs.to(device))
-            for layer, mean, var in borrowed:
-                if merged[layer].count:
-                    layer.running_mean = merged[layer].mean.to(mean)
-                    layer.running_var = merged[layer].var_unbiased.to(var)
-        yield bool(layers)
-    finally:
-        for layer, mean, var in borrowed:
-            layer.running_mean, layer.running_var = mean, var
-
-
-class Moments:
-    """Mean and variance per channel of batches taken together.
-
-    Merged pairwise (Chan, Golub & LeVeque 1979) in float64: sums of squares would lose the digits
-    of a variance that is small beside the mean.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros(())
-        self.squares = torch.zeros(())  # Σ (x − mean)²
-
-    def merge(self, mean: Tensor, var_biased: Tensor, count: int) -> None:
-        mean, squares = mean.double(), var_biased.double() * count
-        total = self.count + count
-        if not self.count:
-            self.count, self.mean, self.squares = total, mean, squares
-            return
-        gap = mean - self.mean
-        self.squares = self.squares + squares + gap.square() * (self.count * count / total)
-        self.mean = self.mean + gap * (count / total)
-        self.count = total
-
-    @property
-    def var_unbiased(self) -> Tensor:
-        return self.squares / max(self.count - 1, 1)
-
-
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """mean, var_biased: (C,) of x: (N, C, *spatial), and the count of values per channel."""
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    var_biased, mean = torch.var_mean(x, axes, correction=0)
-    return mean, var_biased, x.numel() // x.shape[1]
+    with Collector(model, layers) as collector:
+        found = collector.read(((inputs, len(inputs)) for inputs, _ in batches), forward)
+        for layer, moments in found.moments.items():
+            collector.use(layer, moments)
+        yield True
 
 
 def layer_statistics(
@@ -139,8 +91,7 @@ def layer_statistics(
 
 
 def _describe(layer: nn.Module, x: Tensor, y: Tensor) -> LayerStatistics:
-    input_mean, input_var, _ = channel_moments(x)
-    output_mean, output_var, _ = channel_moments(y)
+    (input_mean, input_var), (output_mean, output_var) = kernels.moments(x), kernels.moments(y)
     return LayerStatistics(
         input_mean=_numbers(input_mean),
         input_var=_numbers(input_var),

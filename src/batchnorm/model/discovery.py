@@ -1,7 +1,8 @@
 """Find the batch normalization in a model."""
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -11,3 +12,19 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     used under several names is listed once.
     """
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def constant_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers that apply batch normalization with statistics that are constants.
+
+    torchvision's, timm's and detectron2's frozen layers are no `_BatchNorm`: they are known by what
+    they hold.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not isinstance(module, _BatchNorm | _InstanceNorm)
+        and isinstance(getattr(module, "running_mean", None), Tensor)
+        and isinstance(getattr(module, "running_var", None), Tensor)
+        and "Frozen" in type(module).__name__
+    }
