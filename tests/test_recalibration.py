@@ -343,7 +343,7 @@ def test_the_account_names_what_was_left_and_why(caplog):
 def test_nothing_to_do_is_said(caplog):
     model = nn.Linear(3, 3)
     assert batchnorm.recalibrate(model, []) is model
-    assert "no batch normalization in the model, nothing to do" in caplog.text
+    assert "no such batch norm in the model, nothing to do" in caplog.text
 
 
 @pytest.mark.parametrize(

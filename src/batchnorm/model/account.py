@@ -48,7 +48,7 @@ class Changes:
     @property
     def headline(self) -> str:
         if not self.entries:
-            return f"{self.operation}: no batch normalization in the model, nothing to do"
+            return f"{self.operation}: no such batch norm in the model, nothing to do"
         left = f", {len(self.left)} left" if self.left else ""
         return f"{self.operation}: {len(self.done)} layers{left}"
 

@@ -31,6 +31,7 @@ from batchnorm.errors import BatchNormError, brief
 from batchnorm.model import account
 from batchnorm.model.account import Change
 from batchnorm.model.discovery import batch_norms, constant_norms
+from batchnorm.model.freezing import Frozen
 
 # Any: torch types no attribute of a module, and a layer here is one with running statistics
 Layer: TypeAlias = Any
@@ -362,6 +363,8 @@ def _wanted(model: nn.Module) -> tuple[dict[Layer, str], list[Change]]:
             )
         if layer.running_mean is None or layer.running_var is None:
             left.append(Change(name, done=False, what="keeps no running statistics"))
+        elif isinstance(layer, Frozen):
+            left.append(Change(name, done=False, what="frozen by freeze"))
         elif model.training and not layer.training:
             left.append(
                 Change(name, done=False, what="frozen: in evaluation mode while the model trains")

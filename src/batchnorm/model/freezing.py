@@ -1,0 +1,266 @@
+"""Freeze batch normalization so that `train()` does not thaw it; pause its running statistics.
+
+Two switches of a layer, each by itself:
+
+    use      normalize with the running statistics, in training mode, too
+    update   move the running statistics towards those of each training batch
+
+A layer as torch makes it has use=False, update=True. `freeze` sets use=True, update=False.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm import kernels
+from batchnorm.errors import BatchNormError
+from batchnorm.model import account
+from batchnorm.model.account import Change
+from batchnorm.model.discovery import batch_norms, constant_norms
+
+METADATA = "batchnorm.frozen"  # the key in a state dict's metadata
+
+
+class Switches(NamedTuple):
+    """What a frozen layer does, and what it did before."""
+
+    use: bool
+    update: bool
+    tracked: bool  # its track_running_stats before
+    required_grad: tuple[bool | None, ...]  # of weight and bias before; None: has none
+
+
+class Frozen(_BatchNorm):
+    """A mixin, put before a layer's own class: `train()` does not reach the statistics."""
+
+    _switches: Switches
+    _asked_to_train: bool  # the mode that the model around it is in
+
+    def train(self, mode: bool = True) -> Self:
+        """Remember the mode; a layer that uses its running statistics stays in evaluation mode."""
+        self._asked_to_train = mode
+        return super().train(mode and not self._switches.use)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize as the switches say."""
+        if not (self._asked_to_train and self._switches.use and self._switches.update):
+            return super().forward(input)
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None  # noqa: S101  # a layer without statistics is not frozen
+        assert var is not None  # noqa: S101
+        # copies: backward needs the statistics that normalized, and they move below
+        self.running_mean, self.running_var = mean.clone(), var.clone()
+        try:
+            y: Tensor = super().forward(input)
+        finally:
+            self.running_mean, self.running_var = mean, var
+        self._update(mean, var, input)
+        return y
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, x: Tensor) -> None:
+        """running ← (1 − momentum) · running + momentum · batch, the variance unbiased."""
+        count = x.numel() // x.shape[1]
+        if count < 2:
+            return  # one value has no variance
+        batch_mean, batch_var = kernels.moments(x)
+        momentum = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1 / int(self.num_batches_tracked)
+        share = 0.0 if momentum is None else momentum
+        mean.lerp_(batch_mean.to(mean), share)
+        var.lerp_((batch_var * count / (count - 1)).to(var), share)
+
+    def extra_repr(self) -> str:
+        usual = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{usual}, use={self._switches.use}, update={self._switches.update}"
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata[METADATA] = {"use": self._switches.use, "update": self._switches.update}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # the class is made at run time: pickle and deepcopy find it by the class that it freezes
+        return _rebuild, (_thawed_class(type(self)),), self.__dict__
+
+
+def freeze(
+    model: nn.Module,
+    pattern: str | Sequence[str] = "*",
+    *,
+    use: bool = True,
+    update: bool = False,
+    parameters: bool = False,
+) -> nn.Module:
+    """Let batch-norm layers keep their running statistics, whatever `train()` says; in place.
+
+    The layers keep their class (they are instances of it still), parameters, buffers, hooks and
+    state dict; copies and pickles stay frozen. A state dict says in its metadata which layers were
+    frozen: `freeze_like` freezes another model alike.
+
+    Args:
+        model: any model with batch norm in it.
+        pattern: which layers, by name, with * and ?; or several patterns.
+        use: normalize with the running statistics in training mode, too.
+        update: let training batches move the running statistics.
+        parameters: stop the layers' weight and bias from training as well.
+
+    Returns:
+        The model. `changes(model)` names the layers, and those that were left.
+
+    Raises:
+        BatchNormError: both switches as torch has them (that is `unfreeze`).
+    """
+    if not use and update:
+        raise BatchNormError(
+            "freeze got use=False and update=True, which is what an unfrozen layer does. "
+            "Call unfreeze."
+        )
+    entries = []
+    for name, layer in _matching(model, pattern):
+        if layer.running_mean is None:
+            entries.append(Change(name, done=False, what="keeps no running statistics to use"))
+            continue
+        _thaw(layer)
+        _freeze(layer, use=use, update=update, parameters=parameters)
+        entries.append(Change(name, done=True, what=f"frozen, use={use}, update={update}"))
+    entries += [
+        Change(name, done=False, what=f"a {type(constant).__name__} is frozen for good")
+        for name, constant in constant_norms(model).items()
+    ]
+    return account.record(model, "freeze", entries)
+
+
+def unfreeze(model: nn.Module, pattern: str | Sequence[str] = "*") -> nn.Module:
+    """Undo `freeze`, in place; return the model.
+
+    Class, mode, `track_running_stats` and requires_grad are again what they were; momentum and the
+    counter were never touched.
+    """
+    entries = []
+    for name, layer in _matching(model, pattern):
+        done = isinstance(layer, Frozen)
+        _thaw(layer)
+        entries.append(Change(name, done=done, what="unfrozen" if done else "was not frozen"))
+    return account.record(model, "unfreeze", entries)
+
+
+def freeze_like(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
+    """Freeze the layers that were frozen in the model that gave the state dict; in place.
+
+    The switches travel in the metadata of torch's own state dicts, also through torch.save and
+    `torch.load(weights_only=True)`. safetensors and plain dicts lose them.
+
+    Raises:
+        BatchNormError: a state dict without metadata; a layer that this model lacks.
+    """
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is None:
+        raise BatchNormError(
+            "freeze_like got a state dict without metadata, as safetensors and copies into a plain "
+            "dict leave it. Name the layers yourself: freeze(model, pattern)."
+        )
+    layers = batch_norms(model)
+    entries = []
+    for name, content in metadata.items():
+        if (switches := content.get(METADATA)) is None:
+            continue
+        if name not in layers:
+            raise BatchNormError(
+                f"freeze_like: the state dict froze {name!r}, and the model has no batch norm of "
+                "that name."
+            )
+        _thaw(layers[name])
+        _freeze(layers[name], **switches, parameters=False)
+        entries.append(Change(name, done=True, what="frozen as in the state dict"))
+    return account.record(model, "freeze_like", entries)
+
+
+@contextmanager
+def no_update(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, training mode normalizes with the batch and leaves the running statistics alone.
+
+    For a second forward pass on other data (an adversary's, a teacher's), for a look at the loss.
+    Counters stay, too, and NaN in a batch cannot reach the statistics.
+    """
+    # torch reads the flag as "update, in training"; evaluation goes by whether there are buffers
+    layers = [m for m in batch_norms(model).values() if m.running_mean is not None]
+    before = {layer: layer.track_running_stats for layer in layers}
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        yield model
+    finally:
+        for layer, tracked in before.items():
+            layer.track_running_stats = tracked
+
+
+def _matching(model: nn.Module, pattern: str | Sequence[str]) -> list[tuple[str, _BatchNorm]]:
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    return [
+        (name, layer)
+        for name, layer in batch_norms(model).items()
+        if any(fnmatchcase(name, each) for each in patterns)
+    ]
+
+
+def _freeze(layer: _BatchNorm, *, use: bool, update: bool, parameters: bool) -> None:
+    affine = (layer.weight, layer.bias)
+    required_grad = tuple(None if p is None else p.requires_grad for p in affine)
+    training = layer.training
+    layer.__class__ = _frozen_class(type(layer))
+    assert isinstance(layer, Frozen)  # noqa: S101  # for the type checker
+    layer._switches = Switches(use, update, layer.track_running_stats, required_grad)  # noqa: SLF001  # our own
+    if not update:
+        layer.track_running_stats = False
+    if parameters:
+        for parameter in affine:
+            if parameter is not None:
+                parameter.requires_grad_(False)
+    layer.train(training)
+
+
+def _thaw(layer: _BatchNorm) -> None:
+    if not isinstance(layer, Frozen):
+        return
+    switches, training = layer._switches, layer._asked_to_train  # noqa: SLF001  # our own
+    del layer._switches, layer._asked_to_train  # noqa: SLF001
+    layer.__class__ = _thawed_class(type(layer))
+    layer.track_running_stats = switches.tracked
+    for parameter, required in zip((layer.weight, layer.bias), switches.required_grad, strict=True):
+        if parameter is not None and required is not None:
+            parameter.requires_grad_(required)
+    layer.train(training)
+
+
+_CLASSES: dict[type[nn.Module], type[_BatchNorm]] = {}
+
+
+def _frozen_class(cls: type[nn.Module]) -> type[_BatchNorm]:
+    """The class with `Frozen` before it, under its own name: tracing asks for the module."""
+    if cls not in _CLASSES:
+        _CLASSES[cls] = _make_class(cls)
+    return _CLASSES[cls]
+
+
+def _make_class(cls: type[nn.Module]) -> type[_BatchNorm]:
+    return type(cls.__name__, (Frozen, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _thawed_class(cls: type[nn.Module]) -> Any:
+    return cls.__bases__[1]
+
+
+def _rebuild(cls: type[_BatchNorm]) -> nn.Module:
+    return nn.Module.__new__(_frozen_class(cls))
