@@ -1,0 +1,108 @@
+"""Which layer feeds which: read from the traced graph, never from the order of registration."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from batchnorm.model.discovery import constant_norms
+
+PASSES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module in the traced graph, modules that pass evaluation unchanged left out."""
+
+    module: nn.Module
+    source: "Call | None" = None  # the module whose output, used here alone, is the input
+    users: int = 0  # of the output, whatever they are
+
+
+@dataclass
+class Traced:
+    """The calls of a model's modules, and what could not be traced."""
+
+    calls: dict[nn.Module, list[Call]] = field(default_factory=lambda: defaultdict(list))
+    untraced: dict[str, str] = field(default_factory=dict)  # a module's name, and why
+
+
+class _Tracer(fx.Tracer):
+    """Stops at torch.nn's modules, at norms, and at whatever is a convolution or a linear layer."""
+
+    def __init__(self, constants: set[nn.Module]) -> None:
+        super().__init__()
+        self._constants = constants
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        kinds = (_BatchNorm, _ConvNd, nn.Linear)
+        return (
+            isinstance(m, kinds)
+            or m in self._constants
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+
+def trace(model: nn.Module) -> Traced:
+    """Trace the model, or, where its control flow forbids, each of its parts by itself."""
+    traced = Traced()
+    constants = set(constant_norms(model).values())
+    for name, part, graph in _graphs(model, "", constants, traced, set()):
+        del name
+        _read(part, graph, traced)
+    return traced
+
+
+def _graphs(
+    module: nn.Module,
+    name: str,
+    constants: set[nn.Module],
+    traced: Traced,
+    seen: set[nn.Module],
+) -> Iterator[tuple[str, nn.Module, fx.Graph]]:
+    if module in seen:
+        return
+    seen.add(module)
+    tracer = _Tracer(constants)
+    if not list(module.children()) or tracer.is_leaf_module(module, name):
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the model's own forward
+            graph = tracer.trace(module)
+    except Exception as error:  # noqa: BLE001  # any model's forward may raise anything on a proxy
+        traced.untraced[name] = str(error).partition("\n")[0]
+        for child_name, child in module.named_children():
+            path = f"{name}.{child_name}" if name else child_name
+            yield from _graphs(child, path, constants, traced, seen)
+    else:
+        yield name, module, graph
+
+
+def _read(root: nn.Module, graph: fx.Graph, traced: Traced) -> None:
+    calls: dict[fx.Node, Call] = {}
+    for node in graph.nodes:
+        if node.op != "call_module":
+            continue
+        module = root.get_submodule(str(node.target))
+        source = _only_source(node)
+        if isinstance(module, PASSES) and not module.training:
+            if source in calls:  # what comes out is what went in
+                calls[node] = calls[source]
+                calls[node].users += len(node.users) - 1
+            continue
+        call = Call(module, users=len(node.users))
+        if source in calls and calls[source].users == 1:
+            call.source = calls[source]
+        calls[node] = call
+        traced.calls[module].append(call)
+
+
+def _only_source(node: fx.Node) -> Any:
+    inputs = node.all_input_nodes
+    return inputs[0] if len(inputs) == 1 else None
