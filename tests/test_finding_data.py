@@ -247,6 +247,30 @@ def test_when_nothing_has_it_every_place_and_a_remedy_are_named(tmp_path, cache)
         assert part in said
 
 
+def test_a_path_that_cannot_be_looked_at_is_said(tmp_path, cache):
+    with pytest.raises(BatchNormError, match=r"cannot be read .*File name too long"):
+        fashion_mnist(tmp_path / ("x" * 300), cache=cache)
+
+
+def test_an_apt_that_cannot_be_run_is_said(tmp_path, cache):
+    apt(tmp_path, tmp_path)
+    (tmp_path / "bin/apt-get").write_bytes(b"\x7fELF of another processor")
+    with pytest.raises(BatchNormError, match=r"apt-get cannot be run .OSError"):
+        fashion_mnist(cache=cache)
+
+
+def test_a_missing_temporary_folder_is_said(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(BatchNormError, match=r"the mirror .*FileNotFoundError"):
+        fashion_mnist(cache=cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype_has_a_digest(dtype):
+    parts = [torch.rand(4, 2, requires_grad=True).to(dtype), torch.zeros(4).long()] * 2
+    assert len(Images(*parts).digest) == 64
+
+
 def test_without_apt_that_is_said(cache):
     with pytest.raises(BatchNormError, match=r"Debian's package .*: no apt-get here"):
         fashion_mnist(cache=cache)
@@ -284,6 +308,10 @@ def wrong(**changed):
         (wrong(test_labels=torch.zeros(2)), r"test data .* labels of torch.float32.*\.long"),
         (wrong(train_labels=torch.zeros(3).long()), r"images of shape \(4, 1, 2, 2\) and labels of shape \(3,\)"),
         (wrong(test_images=torch.rand(0, 1), test_labels=torch.zeros(0).long()), "N from 1"),
+        (wrong(train_images=torch.tensor(1.0)), r"images of shape \(\) and labels.*index both alike"),
+        (wrong(train_images=np.zeros((4, 2))), r"a ndarray and a Tensor.*torch\.as_tensor"),
+        (lambda: load("tiny:two_tensors"), "returned a tuple and should return four tensors"),
+        (lambda: load("tiny:two_strings"), "returned a tuple and should return four tensors"),
         (lambda: load("nowhere"), "no data called 'nowhere'"),
         (lambda: load("tiny:not_a_network"), "returned a int and should return four tensors"),
         (lambda: load("tiny:raises"), "data function tiny:raises raised KeyError"),

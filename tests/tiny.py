@@ -90,6 +90,14 @@ def breaking() -> tuple[Breaking, DataLoader[tuple[Tensor, ...]]]:
     return Breaking(), loaders()[1]
 
 
+def two_tensors() -> tuple[Tensor, ...]:
+    return images()[:2]
+
+
+def two_strings() -> tuple[str, str]:
+    return "train", "test"
+
+
 def no_parameters() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784, affine=False))
 

@@ -37,15 +37,21 @@ class Images:
     def __post_init__(self) -> None:
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+                raise BatchNormError(
+                    f"the {part} data are a {type(images).__name__} and a {type(labels).__name__}, "
+                    "and should be tensors. Convert with torch.as_tensor."
+                )
             if not images.is_floating_point() or labels.dtype != torch.int64:
                 raise BatchNormError(
                     f"the {part} data are images of {images.dtype} and labels of {labels.dtype}, "
                     "and should be floating and int64. Convert with .float() and .long()."
                 )
-            if labels.dim() != 1 or len(images) != len(labels) or not len(images):
+            if labels.dim() != 1 or not images.dim() or not len(images) == len(labels) > 0:
                 raise BatchNormError(
                     f"the {part} data are images of shape {tuple(images.shape)} and labels of "
-                    f"shape {tuple(labels.shape)}, and should be (N, ...) and (N,), N from 1."
+                    f"shape {tuple(labels.shape)}, and should be (N, ...) and (N,), N from 1. "
+                    "A label for each image: index both alike."
                 )
 
     @cached_property
@@ -54,7 +60,8 @@ class Images:
         digest = hashlib.sha256()
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+            content = tensor.detach().contiguous().view(torch.uint8)  # NumPy has no bfloat16
+            digest.update(content.numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -92,12 +99,17 @@ def load(spec: str, data_dir: Path | None = None) -> Images | Loaders:
             return found
         case (Tensor(), Tensor(), Tensor(), Tensor()):
             return Images(*found)
-        case (train, test) if isinstance(train, Iterable) and isinstance(test, Iterable):
+        case (train, test) if _is_loader(train) and _is_loader(test):
             return Loaders(train, test)
     raise BatchNormError(
         f"the data function {spec} returned a {type(found).__name__} and should return four "
         "tensors (train images, train labels, test images, test labels) or two loaders."
     )
+
+
+def _is_loader(value: Any) -> bool:
+    """A tensor and a string are iterable, too, and hold no batches."""
+    return isinstance(value, Iterable) and not isinstance(value, Tensor | str | bytes)
 
 
 # Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, https://arxiv.org/abs/1708.07747)
@@ -168,6 +180,8 @@ def fashion_mnist(data_dir: Path | None = None, *, cache: Path | None = None) ->
             reasons.append(f"{place}: {reason}")
         except Unavailable as reason:
             reasons.append(f"{place}: {reason}")
+        except OSError as error:  # no temporary folder, say
+            reasons.append(f"{place}: {brief(error)}")
     raise BatchNormError(
         "Fashion-MNIST was not found and could not be fetched. Tried:\n  "
         + "\n  ".join(reasons)
@@ -200,12 +214,12 @@ def _read(folder: Path) -> list[bytes]:
 
 def _read_file(folder: Path, file: File) -> bytes:
     for path in (folder / f"{file.name}.gz", folder / file.name):
-        if not path.is_file():
-            continue
         try:
             content = path.read_bytes()
             if path.suffix == ".gz":
                 content = gzip.decompress(content)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except (OSError, EOFError, zlib.error) as error:
             raise Corrupt(f"{path} cannot be read ({error})") from error
         found = hashlib.sha256(content).hexdigest()
@@ -254,8 +268,16 @@ def _from_debian(cache: Path) -> list[bytes]:
 def _run(command: list[str], folder: Path) -> None:
     try:
         subprocess.run(  # noqa: S603  # fixed programs, no shell
-            command, cwd=folder, capture_output=True, text=True, check=True, timeout=APT_SECONDS
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
+            timeout=APT_SECONDS,
         )
+    except OSError as error:
+        raise Unavailable(f"{command[0]} cannot be run ({brief(error)})") from error
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().splitlines() or ["no message"]
         raise Unavailable(f"{command[0]} failed ({said[-1]})") from error
