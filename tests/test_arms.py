@@ -1,6 +1,7 @@
 """What the arms put in the place of batch normalization."""
 
 import pytest
+import timm.layers
 import torch
 from torch import nn
 
@@ -115,3 +116,19 @@ class TestTheNotesDefects:
         layer, x = NoteBatchNorm(), torch.randn(4, 3, 5, 5)
         layer(x)
         torch.testing.assert_close(layer.running_var, 0.1 * x.var((0, 2, 3), correction=0))
+
+
+def test_an_activation_that_belongs_to_a_norm_stays_behind_every_arm():
+    for arm in ARMS:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), timm.layers.BatchNormAct2d(4))
+        model[1].weight.requires_grad_(False)
+        x = torch.randn(8, 1, 6, 6)
+        expected = model.eval()(x)
+        model, places = arms.apply(model, arm)
+        assert places == ["1.norm"]
+        y = model.eval()(x)
+        assert y.min() == 0
+        if arm.startswith("batch") and arm != "batch-note":
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+            assert not model.get_submodule("1.norm").weight.requires_grad

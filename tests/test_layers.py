@@ -186,6 +186,10 @@ def test_state_dicts_go_both_ways_and_old_ones_load(ours, theirs, shape):
     assert mine.num_batches_tracked.item() == 0
 
 
+class Own(batchnorm.BatchNorm):
+    """Somebody's subclass."""
+
+
 class TestWithoutASize:
     def test_it_learns_it_at_the_first_batch(self):
         layer = batchnorm.BatchNorm()
@@ -207,6 +211,16 @@ class TestWithoutASize:
         assert (layer.num_features, other.num_features, other.eps) == (3, 6, 1e-2)
         again = twin(layer)
         assert again(torch.randn(4, 3)).shape == (4, 3)
+
+    def test_a_subclass_stays_itself(self):
+        layer = Own()
+        assert isinstance(layer, Own)
+        other = pickle.loads(pickle.dumps(layer))
+        layer(torch.randn(4, 3))
+        assert type(layer) is Own
+        assert type(copy.deepcopy(other)) is type(other)
+        other(torch.randn(4, 5))
+        assert (type(other), other.num_features) == (Own, 5)
 
     def test_a_state_dict_gives_the_size(self):
         layer = batchnorm.BatchNorm().eval()

@@ -368,3 +368,32 @@ def test_xavier_fills_convolutions_and_linear_layers():
     assert weight.abs().max() <= bound
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
     assert torch.equal(model.conv1.bias, bias)
+
+
+def test_objects_of_one_name_are_not_taken_for_one_another(tmp_path):
+    """Two functions called <lambda>, two sets of images: a finished record is not theirs."""
+
+    def build(width):
+        return lambda: torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.BatchNorm1d(784), torch.nn.Linear(784, width),
+            torch.nn.ReLU(), torch.nn.Linear(width, 10),
+        )  # fmt: skip
+
+    run(tmp_path, arms=["batch"], network=build(20))
+    before = contents(tmp_path)
+    run(tmp_path, arms=["batch"], network=build(20))
+    with pytest.raises(BatchNormError, match=r"the network .*<lambda> is not the one"):
+        run(tmp_path, arms=["batch"], network=build(21))
+    images = tiny.as_images()
+    other = dataclasses.replace(images, train_images=1 - images.train_images)
+    with pytest.raises(BatchNormError, match="the data Images is not the one"):
+        run(tmp_path, arms=["batch"], network=build(20), data=other)
+    assert contents(tmp_path) == before
+
+
+def test_loaders_of_other_data_are_not_taken_for_one_another(tmp_path):
+    train, test = tiny.loaders()
+    run(tmp_path, arms=["batch"], data=Loaders(train, test))
+    run(tmp_path, arms=["batch"], data=Loaders(*tiny.loaders()))
+    with pytest.raises(BatchNormError, match="the data Loaders is not the one"):
+        run(tmp_path, arms=["batch"], data=Loaders(train, [(x + 1, y) for x, y in test]))

@@ -135,6 +135,48 @@ def report(
         console.show(result.record, result.words)
 
 
+study = typer.Typer(help="Test one claim.", no_args_is_help=True)
+app.add_typer(study, name="study")
+
+
+@study.command()
+def recalibration(
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 10,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
+    train_images: Annotated[int | None, typer.Option(help="The first N; all by default.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of torch; part of the configuration.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where Fashion-MNIST is looked for first.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="fashion-mnist, or package.module:function (tensors).")
+    ] = "fashion-mnist",
+    out: Annotated[Path, typer.Option(help="Folder of the record.")] = Path(
+        "runs/study-recalibration"
+    ),
+    lang: Annotated[Language, typer.Option(help="Of the picture and the table.")] = Language.en,
+) -> None:
+    """Same weights, same images, only the BN statistics differ: what recalibration mends.
+
+    The same command goes on with the seeds that are missing.
+    """
+    from batchnorm import studies as library  # noqa: PLC0415  # loads torch: not for --help
+
+    with said():
+        library.recalibration(
+            seeds=seeds,
+            epochs=epochs,
+            train_images=train_images,
+            threads=threads,
+            data=data,
+            data_dir=data_dir,
+            out=out,
+            language=lang.value,
+        )
+
+
 @contextlib.contextmanager
 def said() -> Iterator[None]:
     """What a user can mend is said in a line, with exit status 2; an interruption has its own."""

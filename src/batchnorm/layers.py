@@ -166,7 +166,7 @@ class BatchNorm(_Forward):
         if num_features is None:
             # the class changes instead of being chosen in __new__, which copy and pickle call
             # without arguments
-            self.__class__ = _BatchNormWithoutSize
+            self.__class__ = _without_size(type(self))
             _BatchNormWithoutSize.__init__(self, *options, bias=bias)  # type: ignore[arg-type]  # of the new class
         else:
             super().__init__(num_features, *options, bias=bias)
@@ -196,11 +196,29 @@ class _BatchNormWithoutSize(_LazyNormBase, BatchNorm):
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
         return twin
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild_without_size, (self.cls_to_become,), self.__dict__
+
     def _get_name(self) -> str:
-        return "BatchNorm"
+        return self.cls_to_become.__name__
 
     def extra_repr(self) -> str:
         return (
             f"size learned at the first batch, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}"
         )
+
+
+_WITHOUT_SIZE: dict[type, type[_BatchNormWithoutSize]] = {BatchNorm: _BatchNormWithoutSize}
+
+
+def _without_size(cls: type[BatchNorm]) -> type[_BatchNormWithoutSize]:
+    """The class that becomes `cls` at its first batch, `BatchNorm` or a subclass of it."""
+    if cls not in _WITHOUT_SIZE:
+        content = {"cls_to_become": cls, "__module__": cls.__module__}
+        _WITHOUT_SIZE[cls] = type(cls.__name__, (_BatchNormWithoutSize, cls), content)
+    return _WITHOUT_SIZE[cls]
+
+
+def _rebuild_without_size(cls: type[BatchNorm]) -> nn.Module:
+    return nn.Module.__new__(_without_size(cls))

@@ -5,7 +5,9 @@ start from the layer's own, so that a network that initializes them (to 0 at the
 branch, say) is compared as it is meant.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ import batchnorm
 from batchnorm.errors import BatchNormError
 from batchnorm.lab.note import NoteBatchNorm
 from batchnorm.model.conversion import replace
-from batchnorm.model.discovery import batch_norms
+from batchnorm.model.discovery import activation_of, batch_norms
 
 Arm = Callable[[_BatchNorm], nn.Module]
 
@@ -78,13 +80,25 @@ ARMS: dict[str, Arm] = {
 
 def apply(model: nn.Module, arm: str) -> tuple[nn.Module, list[str]]:
     """Put an arm into a model, in place; return the model and the names of the places."""
-    places = list(batch_norms(model))
+    places = [
+        name if isinstance(activation_of(layer), nn.Identity) else f"{name}.norm"
+        for name, layer in batch_norms(model).items()
+    ]
     if not places:
         raise BatchNormError(
             f"the network ({type(model).__name__}) has no batch-norm layer, so there is nothing to "
             "compare. Put torch.nn.BatchNorm1d/2d/3d where the arms should go."
         )
-    return replace(model, ARMS[arm]), places
+    return replace(model, partial(_in_the_place_of, arm)), places
+
+
+def _in_the_place_of(arm: str, layer: _BatchNorm) -> nn.Module:
+    """The arm's layer; an activation that belonged to the old one stays behind it."""
+    made, activation = ARMS[arm](layer), activation_of(layer)
+    made.train(layer.training)
+    if isinstance(activation, nn.Identity):
+        return made
+    return nn.Sequential(OrderedDict(norm=made, act=activation))
 
 
 def _twin(layer: _BatchNorm, cls: type[_BatchNorm]) -> nn.Module:
@@ -97,7 +111,10 @@ def _twin(layer: _BatchNorm, cls: type[_BatchNorm]) -> nn.Module:
         layer.track_running_stats,
         bias=layer.bias is not None,
     )
-    twin.load_state_dict(layer.state_dict())
+    twin.load_state_dict(layer.state_dict(), strict=False)  # an activation may have parameters
+    for ours, theirs in ((twin.weight, layer.weight), (twin.bias, layer.bias)):
+        if ours is not None and theirs is not None:
+            ours.requires_grad_(theirs.requires_grad)
     return twin
 
 

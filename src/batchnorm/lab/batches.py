@@ -1,5 +1,6 @@
 """Where batches come from: tensors in memory, or a user's loaders."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -68,7 +69,7 @@ class LoaderBatches:
         self.steps_per_epoch = _length(loaders.train, "train")
         self.train_images = _examples(loaders.train)
         self.test_images = _examples(loaders.test)
-        self.digest = ""
+        self.digest = _digest_of_first(loaders.test)
 
     def train(self, seed: int, epoch: int) -> Iterator[Batch]:
         torch.manual_seed(epoch_seed(seed, epoch))
@@ -111,6 +112,18 @@ def _examples(loader: Any) -> int:
     if dataset is not None and hasattr(dataset, "__len__"):
         return len(dataset)
     return sum(len(inputs) for inputs, _ in _checked(loader))
+
+
+def _digest_of_first(loader: Any) -> str:
+    """SHA-256 of the first batch: loaders are known by what they give, and all may be too much."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)  # a loader that shuffles gives the same one
+        inputs, labels = next(_checked(loader))
+    digest = hashlib.sha256()
+    for tensor in (inputs, labels):
+        digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _checked(loader: Any) -> Iterator[Batch]:

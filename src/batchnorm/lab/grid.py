@@ -18,7 +18,13 @@ from batchnorm.lab.batches import Batches, LoaderBatches, TensorBatches
 from batchnorm.lab.data import Images, Loaders, load
 from batchnorm.lab.progress import Progress
 from batchnorm.lab.record import CELLS, CellConfig, cell_path, read_cell
-from batchnorm.lab.training import OPTIMIZERS, SCHEDULES, rehearse, train_cell
+from batchnorm.lab.training import (
+    OPTIMIZERS,
+    SCHEDULES,
+    refuse_another_origin,
+    rehearse,
+    train_cell,
+)
 
 Data: TypeAlias = str | Images | Loaders
 
@@ -80,9 +86,13 @@ def run(
     """Train every cell that is not done yet, one after another: each is timed alone."""
     _refuse_another_configuration(folder, configs[0])
     waiting = [config for config in configs if not _is_done(folder, config)]
-    if not waiting:
+    named = data == "fashion-mnist" and configs[0].network in networks.NETWORKS
+    if not waiting and named:
         return
     batches = _batches(data, data_dir, configs[0])
+    if not named:  # what a user's name stands for may have changed, and objects may share one
+        for config in configs:
+            refuse_another_origin(config, network, batches, folder)
     for config in {config.arm: config for config in waiting}.values():
         rehearse(config, network, batches)  # before the hours, not after them
     with progress:

@@ -69,7 +69,7 @@ class Header:
     environment: dict[str, Any]  # versions, processor, cores, platform, started (ISO 8601, UTC)
     parameters: int  # trainable scalars
     initial_weights: str  # SHA-256 of the weights that every arm shares
-    data_digest: str  # SHA-256 of the data, or "" where it comes from a user's loader
+    data_digest: str  # SHA-256 of the data; of the first test batch where they come from loaders
     train_images: int
     test_images: int
     statistics_images: int  # of the first test batch: for the statistics inside the layers

@@ -320,6 +320,18 @@ def _resume_or_begin(training: Training) -> None:
     os.truncate(training.record, record_bytes)
 
 
+def refuse_another_origin(
+    config: CellConfig, network: networks.Network, batches: Batches, folder: Path
+) -> None:
+    """A cell that was begun, or is finished, began with this network and these data, or else…"""
+    record = cell_path(folder, config)
+    cell = read_cell(record) if record.exists() else None
+    if cell is not None:
+        with _borrowed(config), _blamed(config):
+            now = _header(_prepare(config, network, batches, record, Silent()))
+        _refuse_another_origin(cell.header, now)
+
+
 def _refuse_another_origin(before: Header, now: Header) -> None:
     """The configuration names the network and the data; their content may have changed since."""
     for what, was, found in (
@@ -329,8 +341,8 @@ def _refuse_another_origin(before: Header, now: Header) -> None:
         if was != found:
             raise BatchNormError(
                 f"the {what} {getattr(now.config, what)} is not the one that this folder's cells "
-                f"began with (SHA-256 {found[:12]}…, was {was[:12]}…). Name another folder with "
-                "--out, or bring the old one back."
+                f"began with (SHA-256 {found[:12]}…, was {was[:12]}…). Nothing was changed. Name "
+                "another folder with --out (in Python, out=), or bring the old one back."
             )
 
 

@@ -14,6 +14,15 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
+def activation_of(norm: nn.Module) -> nn.Module:
+    """What a norm does besides normalizing: timm's BatchNormAct2d drops and activates."""
+    rest = [getattr(norm, name, None) for name in ("drop", "act")]
+    kept = [m for m in rest if isinstance(m, nn.Module) and not isinstance(m, nn.Identity)]
+    if not kept:
+        return nn.Identity()
+    return kept[0] if len(kept) == 1 else nn.Sequential(*kept)
+
+
 def constant_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Layers that apply batch normalization with statistics that are constants.
 

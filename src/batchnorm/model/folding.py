@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.model import account
 from batchnorm.model.account import Change
-from batchnorm.model.discovery import batch_norms, constant_norms
+from batchnorm.model.discovery import activation_of, batch_norms, constant_norms
 from batchnorm.model.tracing import Call, Traced, trace
 
 TOLERANCE = 1e-9  # of the outputs' scale, in float64: what rounding may do through a deep network
@@ -158,11 +158,11 @@ class _Folding:
         _refuse_channels(_channels_out(layer), affine)
         _refuse_another_map(layer, affine)
         _scale_output(layer, affine)
-        self._replace(norm, _rest(norm))
+        self._replace(norm, activation_of(norm))
         return layer
 
     def _fold_into_the_layer_behind(self, norm: nn.Module, calls: list[Call]) -> nn.Module:
-        if type(_rest(norm)) is not nn.Identity:
+        if type(activation_of(norm)) is not nn.Identity:
             raise Unfoldable("an activation of its own stands behind it")
         users = [call for calls in self.traced.calls.values() for call in calls]
         behind = [call for call in users if call.source is not None and call.source in calls]
@@ -233,15 +233,6 @@ def _affine(norm: Any) -> _Affine:
     return _Affine(a, c)
 
 
-def _rest(norm: Any) -> nn.Module:
-    """What a layer does besides normalizing: timm's BatchNormAct2d drops and activates."""
-    rest = [getattr(norm, name, None) for name in ("drop", "act")]
-    kept = [part for part in rest if part is not None and not isinstance(part, nn.Identity)]
-    if not kept:
-        return nn.Identity()
-    return kept[0] if len(kept) == 1 else nn.Sequential(*kept)
-
-
 def _refuse_norm(norm: Any) -> None:
     if norm.training:
         raise Unfoldable("in training mode: it depends on the batch")
@@ -255,7 +246,7 @@ def _refuse_norm(norm: Any) -> None:
         twin = copy.deepcopy(norm).double().cpu()
         affine = _affine(twin)
         shape = [1, -1] + [1] * (x.dim() - 2)
-        expected = _rest(twin)(x * affine.a.view(shape) + affine.c.view(shape))
+        expected = activation_of(twin)(x * affine.a.view(shape) + affine.c.view(shape))
         if not _same(twin(x), expected):
             raise Unfoldable(f"a {type(norm).__name__} computes something else than batch norm")
 
@@ -274,7 +265,7 @@ def _refuse_neighbour(layer: nn.Module, name: str) -> None:
         raise Unfoldable(f"{name} beside it is a {type(layer).__name__}")
     if isinstance(layer, _BatchNorm):
         _refuse_norm(layer)
-        if type(_rest(layer)) is not nn.Identity:
+        if type(activation_of(layer)) is not nn.Identity:
             raise Unfoldable(f"{name} beside it has an activation of its own")
     _refuse_attachments(layer, name)
 

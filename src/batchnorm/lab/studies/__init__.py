@@ -1,0 +1,1 @@
+"""Experiments that test one claim each, with error bars."""
