@@ -185,6 +185,7 @@ def one_line(stderr: str) -> bool:
         (["--data", "tiny:colour_images"], "raised RuntimeError: Given groups=1"),
         (["--data", "tiny:eleven_classes"], "raised IndexError: Target 10 is out of bounds"),
         (["--data", "tiny:breaking"], "a loader (Breaking) raised OSError: the disk is gone. What"),
+        (["--data", "tiny:no_test_batches"], "the test loader (list) gives no batch"),
         (["--network", "tiny:no_parameters"], "raised ValueError: optimizer got an empty"),
         (["--out", "/dev/null/here"], "Not a directory (/dev/null/here"),
     ],

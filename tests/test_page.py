@@ -213,12 +213,16 @@ def test_charts_and_tables_are_named_for_a_screen_reader(browser, tmp_path):
             assert heading in tree
 
 
-def test_what_a_record_holds_is_inert(browser, tmp_path):
+def test_what_a_record_holds_is_inert(browser, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "PLACES", [HOSTILE, "a'b[0]\"$x"])
     record = records.write(tmp_path, network=f"x:{HOSTILE}", data=f"y:{HOSTILE}")
     path = save(record, tmp_path)
     with Opened(browser, path) as page:
         assert page.locator("img").count() == 0
         assert HOSTILE in page.locator("h1").inner_text()
+        captions = page.locator("#layers ~ .grid figcaption").all_inner_texts()
+        assert captions == [HOSTILE, "a'b[0]\"$x"]
+        assert page.locator("[data-chart] svg").count() == page.locator("[data-chart]").count()
     assert HOSTILE not in path.read_text(encoding="utf-8")
 
 

@@ -51,6 +51,16 @@ def test_the_comparison_runs(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", READMES)
+def test_what_is_done_to_a_model_runs(name):
+    (code,) = blocks(name, "python whole-models")
+    images = tiny.as_images().test_images
+    model = tiny.network().train()
+    names = {"batchnorm": batchnorm, "torch": torch, "model": model, "images": images}
+    exec(compile(code, name, "exec"), names | {"loader": images.split(32)})  # noqa: S102
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", READMES)
 def test_the_commands_options_exist(name):
     shell = "\n".join(blocks(name, "sh")).replace("\\\n", " ")
     lines = [line.partition("#")[0] for line in shell.splitlines()]

@@ -397,3 +397,32 @@ def test_loaders_of_other_data_are_not_taken_for_one_another(tmp_path):
     run(tmp_path, arms=["batch"], data=Loaders(*tiny.loaders()))
     with pytest.raises(BatchNormError, match="the data Loaders is not the one"):
         run(tmp_path, arms=["batch"], data=Loaders(train, [(x + 1, y) for x, y in test]))
+
+
+def test_an_odd_network_is_trained_and_goes_on_after_an_interruption(tmp_path):
+    run(tmp_path / "whole", network="tiny:odd", arms=["none", "batch"], learning_rate=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            tmp_path / "cut", network="tiny:odd", arms=["none", "batch"], learning_rate=0.1,
+            progress=Interrupts("batch", 7),
+        )  # fmt: skip
+    run(tmp_path / "cut", network="tiny:odd", arms=["none", "batch"], learning_rate=0.1)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert len(read(tmp_path / "cut").cells[1].last.layers) == 2
+
+
+def test_a_loader_with_a_random_state_of_its_own_gives_every_arm_the_same_order(tmp_path):
+    train, labels, test, test_labels = tiny.images()
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(train, labels), 32, shuffle=True,
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    data = Loaders(loader, [(test, test_labels)])
+    run(tmp_path / "first", data=data, arms=["batch", "batch-torch"])
+    ours, torchs = read(tmp_path / "first").cells
+    assert ours.evaluations[1].train_loss == pytest.approx(
+        torchs.evaluations[1].train_loss, rel=1e-5
+    )
+    run(tmp_path / "second", data=data, arms=["batch-torch"])
+    (alone,) = read(tmp_path / "second").cells
+    assert alone.last.test_loss == torchs.last.test_loss

@@ -98,6 +98,36 @@ def two_strings() -> tuple[str, str]:
     return "train", "test"
 
 
+def no_test_batches() -> tuple[DataLoader[tuple[Tensor, ...]], list[object]]:
+    return loaders()[0], []
+
+
+class Odd(nn.Module):
+    """Lazy without parameters, called by keyword, with extra state and a name to be escaped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(
+            {"a'b\"]</script>$": nn.LazyBatchNorm2d(affine=False), "c": nn.BatchNorm2d(1)}
+        )
+        self.linear = nn.Linear(784, 10)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 3}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in self.layers.values():
+            x = norm(input=x)
+        return self.linear(x.flatten(1))
+
+
+def odd() -> nn.Module:
+    return Odd()
+
+
 def no_parameters() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784, affine=False))
 

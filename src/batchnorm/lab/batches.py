@@ -73,6 +73,8 @@ class LoaderBatches:
 
     def train(self, seed: int, epoch: int) -> Iterator[Batch]:
         torch.manual_seed(epoch_seed(seed, epoch))
+        for generator in _generators(self._loaders.train):
+            generator.manual_seed(epoch_seed(seed, epoch))
         yield from _checked(self._loaders.train)
 
     def test(self) -> Iterator[Batch]:
@@ -94,6 +96,14 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 def _pieces(inputs: Tensor, labels: Tensor) -> Iterator[Batch]:
     yield from zip(inputs.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Random states of a DataLoader's own, which torch.manual_seed does not reach."""
+    holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    holders.append(getattr(holders[-1], "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 def _length(loader: Any, name: str) -> int:
@@ -118,7 +128,12 @@ def _digest_of_first(loader: Any) -> str:
     """SHA-256 of the first batch: loaders are known by what they give, and all may be too much."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)  # a loader that shuffles gives the same one
-        inputs, labels = next(_checked(loader))
+        batch = next(_checked(loader), None)
+    if batch is None:
+        raise BatchNormError(
+            f"the test loader ({type(loader).__name__}) gives no batch, and nothing can be measured."
+        )
+    inputs, labels = batch
     digest = hashlib.sha256()
     for tensor in (inputs, labels):
         digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())

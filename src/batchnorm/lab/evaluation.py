@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,10 +75,13 @@ def layer_statistics(
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str, stack: ExitStack) -> None:
-        def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = (args[0], output)
+        def keep(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
+            seen[name] = (args[0] if args else next(iter(kwargs.values())), output)
 
-        stack.enter_context(model.get_submodule(name).register_forward_hook(keep))
+        layer = model.get_submodule(name)
+        stack.enter_context(layer.register_forward_hook(keep, with_kwargs=True))
 
     with ExitStack() as hooks, evaluating(model):
         for place in places:

@@ -136,7 +136,7 @@ def _prepare(
     """Everything at step 0; the same weights for every arm of a seed."""
     torch.manual_seed(config.seed)
     model = networks.build(config.network, network)
-    if any(map(is_lazy, model.parameters())):
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         inputs, _ = next(batches.test())
         with evaluating(model):
             model(inputs)
@@ -368,6 +368,9 @@ def _digest(model: nn.Module, places: list[str]) -> str:
     for name, value in model.state_dict().items():
         if not name.startswith(tuple(f"{place}." for place in places)):
             digest.update(name.encode())
+            if not isinstance(value, Tensor):  # a module's extra state
+                digest.update(repr(value).encode())
+                continue
             digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
