@@ -185,6 +185,11 @@ def one_line(stderr: str) -> bool:
         (["--data", "tiny:colour_images"], "raised RuntimeError: Given groups=1"),
         (["--data", "tiny:eleven_classes"], "raised IndexError: Target 10 is out of bounds"),
         (["--data", "tiny:breaking"], "a loader (Breaking) raised OSError: the disk is gone. What"),
+        (["--data", "tiny:one_image"], "there is 1 training image, and a batch wants 2"),
+        (["--seed", "99999999999999999999"], "99999999999999999999"),
+        (["--threads", "100000000000"], "threads is 100000000000 and should be at most 4096"),
+        (["--device", "meta"], "the device 'meta' computes nothing"),
+        (["--out", "tiny.py"], "File exists (tiny.py). What is recorded stays; the same command"),
         (["--data", "tiny:no_test_batches"], "the test loader (list) gives no batch"),
         (["--network", "tiny:no_parameters"], "raised ValueError: optimizer got an empty"),
         (["--out", "/dev/null/here"], "Not a directory (/dev/null/here"),
@@ -210,7 +215,7 @@ def test_a_record_of_another_version_is_said_and_not_touched(tmp_path, folder):
     (tmp_path / CELLS).mkdir()
     path = tmp_path / CELLS / "0.jsonl"
     line = next((folder / CELLS).glob("*.jsonl")).read_text().splitlines()[0]
-    for content in (line.replace('"parameters"', '"weights"'), line[: len(line) // 2], "[1]"):
+    for content in (line.replace('"parameters"', '"weights"'), line[: len(line) // 2], "[1]", "3"):
         path.write_text(content + "\n")
         for arguments in (["report", tmp_path], ["compare", *OPTIONS, "--out", tmp_path]):
             result = command(*arguments)
@@ -254,3 +259,23 @@ def test_importing_the_package_does_not_load_the_laboratory():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "['batchnorm']"
+
+
+def test_without_the_laboratorys_libraries_what_to_install_is_said(tmp_path):
+    code = (
+        "import sys; sys.modules['jinja2'] = None\n"
+        "import batchnorm\n"
+        "try: batchnorm.compare\n"
+        "except ModuleNotFoundError as error: print(error)\n"
+        f"sys.argv = ['batchnorm', 'report', {str(tmp_path)!r}]\n"
+        "from batchnorm.cli import main; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (
+        "batchnorm.compare needs jinja2. Install it: pip install 'batchnorm[lab]'" in result.stdout
+    )
+    assert result.returncode == 2
+    assert "batchnorm: the command needs jinja2" in result.stderr
+    assert "Traceback" not in result.stderr

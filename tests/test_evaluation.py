@@ -138,3 +138,9 @@ def test_layer_statistics_of_a_diverged_network_are_none():
     nn.init.constant_(model.conv1.weight, float("nan"))
     found = layer_statistics(model, ["norm1"], tiny.images()[0])
     assert found["norm1"].input_mean == [None] * 8
+
+
+def test_instance_norm_keeps_its_own_statistics():
+    model = nn.Sequential(nn.InstanceNorm2d(1, track_running_stats=True))
+    with population_statistics(model, batches(), "cpu") as found:
+        assert not found

@@ -175,6 +175,19 @@ def test_torchs_own_module_samples(info, dtype, training):
             layer(error.module_error_input.forward_input.args[0])
 
 
+def test_an_average_over_batches_keeps_the_digits_of_float64():
+    layer, twin = (
+        cls(3, momentum=None, dtype=torch.float64)
+        for cls in (batchnorm.BatchNorm1d, nn.BatchNorm1d)
+    )
+    for _ in range(7):
+        x = torch.randn(9, 3, dtype=torch.float64) + 5
+        layer(x)
+        twin(x)
+    torch.testing.assert_close(layer.running_mean, twin.running_mean, rtol=1e-14, atol=0)
+    torch.testing.assert_close(layer.running_var, twin.running_var, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize(("ours", "theirs", "shape"), PAIRS)
 def test_state_dicts_go_both_ways_and_old_ones_load(ours, theirs, shape):
     mine, twin = ours(shape[1]), randomized(theirs(shape[1]))

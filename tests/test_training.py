@@ -1,6 +1,7 @@
 """A cell: the same start for every arm, a record that an interruption does not change."""
 
 import dataclasses
+import io
 import json
 import math
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ from torch.nn import functional as F
 
 import tiny
 from batchnorm import BatchNormError
-from batchnorm.lab import grid, networks
-from batchnorm.lab.data import Loaders
+from batchnorm.lab import grid, networks, training
+from batchnorm.lab.data import Images, Loaders
 from batchnorm.lab.progress import Silent
 from batchnorm.lab.record import CELLS, cell_path, json_line, read, read_cell
+from batchnorm.lab.summary import summarize
 from batchnorm.lab.training import evaluation_steps, train_cell
 
 TIMES = {"seconds", "wall_seconds", "examples_per_second", "started"}
@@ -272,7 +274,15 @@ def test_what_is_borrowed_comes_back_when_a_loader_raises(tmp_path):
     assert len(read_cell(next((tmp_path / CELLS).glob("*.jsonl"))).evaluations) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"PK and no more", None], ids=["empty", "other", "cut"])
+OTHER = io.BytesIO()
+torch.save({"model": {"weight": torch.ones(3)}}, OTHER)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK and no more", None, OTHER.getvalue()],
+    ids=["empty", "no archive", "cut", "another's"],
+)
 def test_a_corrupt_checkpoint_is_said_and_nothing_is_lost(tmp_path, content):
     run(tmp_path / "whole", arms=["batch"])
     cut = tmp_path / "cut"
@@ -426,3 +436,96 @@ def test_a_loader_with_a_random_state_of_its_own_gives_every_arm_the_same_order(
     run(tmp_path / "second", data=data, arms=["batch-torch"])
     (alone,) = read(tmp_path / "second").cells
     assert alone.last.test_loss == torchs.last.test_loss
+
+
+@pytest.mark.parametrize("step", [2, 5, 8, 14])
+def test_interrupted_with_noise_drawn_by_the_data_it_ends_with_the_same_numbers(tmp_path, step):
+    """The data set and the dropout draw from one random state."""
+    options = {"network": "tiny:network", "arms": ["batch"], "learning_rate": 0.1}
+    run(tmp_path / "whole", data=Loaders(*tiny.augmented()), **options)
+    interrupted = Interrupts("batch", step)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", data=Loaders(*tiny.augmented()), progress=interrupted, **options)
+    run(tmp_path / "cut", data=Loaders(*tiny.augmented()), **options)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_arms_see_the_same_noise_whatever_their_evaluations_draw(tmp_path, monkeypatch):
+    seen = {}
+    step = training._step
+
+    def keep(cell, inputs, labels):
+        seen.setdefault(cell.config.arm, []).append(inputs.clone())
+        step(cell, inputs, labels)
+
+    monkeypatch.setattr(training, "_step", keep)
+    run(tmp_path, data=Loaders(*tiny.augmented()), arms=["none", "batch"])
+    for one, other in zip(seen["none"], seen["batch"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_persistent_workers_go_on_where_training_is(tmp_path):
+    data = tiny.augmented(num_workers=1, persistent_workers=True)
+    run(tmp_path, data=Loaders(*data), arms=["batch"], epochs=1)
+    (cell,) = read(tmp_path).cells
+    assert cell.done is not None
+
+
+def test_a_record_that_was_cut_behind_its_checkpoint_is_said(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, arms=["batch"], progress=Interrupts("batch", 13))
+    (record,) = (tmp_path / CELLS).glob("*.jsonl")
+    whole = record.read_bytes()
+    record.write_bytes(whole[: whole.index(b"\n") + 1])
+    with pytest.raises(BatchNormError, match="shorter than its checkpoint says"):
+        run(tmp_path, arms=["batch"])
+    record.write_bytes(b"")  # not even a header: the cell begins again
+    run(tmp_path, arms=["batch"])
+    assert read(tmp_path).cells[0].done is not None
+
+
+def test_weights_that_are_not_finite_at_the_end_are_a_divergence(tmp_path, monkeypatch):
+    """The last step's loss was finite; what it left is not."""
+    step = torch.optim.SGD.step
+    count = []
+
+    def overflow(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        count.append(1)
+        if len(count) == 20:
+            self.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", overflow)
+    run(tmp_path, arms=["none"])
+    assert read(tmp_path).cells[0].diverged
+
+
+def test_a_float64_network(tmp_path):
+    images = Images(*tiny.double_images())
+    for arm in ("batch", "batch-torch", "group", "layer", "none"):
+        run(tmp_path, arms=[arm], network="tiny:double", data=images, epochs=1, learning_rate=0.1)
+    assert len({cell.header.initial_weights for cell in read(tmp_path).cells}) == 1
+
+
+def test_a_shared_norm_leaves_every_arm_the_same_start(tmp_path):
+    def network():
+        norm = torch.nn.BatchNorm1d(784)
+        return torch.nn.Sequential(torch.nn.Flatten(), norm, norm, torch.nn.Linear(784, 10))
+
+    run(tmp_path, arms=["none", "batch", "group"], network=network, epochs=1)
+    assert len({cell.header.initial_weights for cell in read(tmp_path).cells}) == 1
+
+
+def test_examples_per_second_count_what_was_trained_on(tmp_path):
+    """A sampler that draws 64 of 320: the speed is of 64 an epoch."""
+    from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+    train, labels, test, test_labels = tiny.images()
+    images = TensorDataset(train, labels)
+    sampler = RandomSampler(images, num_samples=64)
+    data = Loaders(DataLoader(images, 32, sampler=sampler), [(test, test_labels)])
+    run(tmp_path, data=data, arms=["batch"])
+    record = read(tmp_path)
+    (arm,) = summarize(record)
+    (cell,) = record.cells
+    assert arm.examples_per_second.mean == pytest.approx(128 / cell.last.seconds)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from batchnorm.lab.data import Images
 
@@ -96,6 +96,37 @@ def two_tensors() -> tuple[Tensor, ...]:
 
 def two_strings() -> tuple[str, str]:
     return "train", "test"
+
+
+class Augmented(Dataset[tuple[Tensor, Tensor]]):
+    """Draws noise in the process that trains."""
+
+    def __init__(self) -> None:
+        self.images, self.labels, _, _ = images()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index] + 0.1 * torch.randn(1, 28, 28), self.labels[index]
+
+
+def augmented(**options: object) -> tuple[DataLoader[tuple[Tensor, ...]], ...]:
+    return DataLoader(Augmented(), 32, shuffle=True, **options), loaders()[1]
+
+
+def double() -> nn.Module:
+    return network().double()
+
+
+def double_images() -> tuple[Tensor, ...]:
+    train, labels, test, test_labels = images()
+    return train.double(), labels, test.double(), test_labels
+
+
+def one_image() -> tuple[Tensor, ...]:
+    train, labels, test, test_labels = images()
+    return train[:1], labels[:1], test, test_labels
 
 
 def no_test_batches() -> tuple[DataLoader[tuple[Tensor, ...]], list[object]]:

@@ -41,7 +41,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "compare":
-        from batchnorm.comparison import compare  # noqa: PLC0415  # loads the laboratory
-
+        try:
+            from batchnorm.comparison import compare  # noqa: PLC0415  # loads the laboratory
+        except ModuleNotFoundError as missing:
+            raise ModuleNotFoundError(
+                f"batchnorm.compare needs {missing.name}. Install it: pip install 'batchnorm[lab]'",
+                name=missing.name,
+            ) from missing
         return compare
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

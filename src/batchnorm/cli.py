@@ -1,6 +1,8 @@
 """The command: parse, call, print."""
 
 import contextlib
+import errno
+import signal
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
@@ -87,11 +89,11 @@ def compare(
 
     The same command goes on where it was interrupted, and trains nothing that is finished.
     """
-    from batchnorm import comparison  # noqa: PLC0415  # loads torch: not for --help
-    from batchnorm.views import console  # noqa: PLC0415
-    from batchnorm.views.words import Words  # noqa: PLC0415
-
     with said():
+        from batchnorm import comparison  # noqa: PLC0415  # loads torch: not for --help
+        from batchnorm.views import console  # noqa: PLC0415
+        from batchnorm.views.words import Words  # noqa: PLC0415
+
         result = comparison.compare(
             network,
             [arm.strip() for arm in arms.split(",") if arm.strip()],
@@ -127,10 +129,10 @@ def report(
     ] = Language.en,
 ) -> None:
     """Make the pictures, the tables and the page of a record again."""
-    from batchnorm import comparison  # noqa: PLC0415
-    from batchnorm.views import console  # noqa: PLC0415
-
     with said():
+        from batchnorm import comparison  # noqa: PLC0415
+        from batchnorm.views import console  # noqa: PLC0415
+
         result = comparison.report(folder, language=lang.value)
         console.show(result.record, result.words)
 
@@ -162,9 +164,9 @@ def recalibration(
 
     The same command goes on with the seeds that are missing.
     """
-    from batchnorm import studies as library  # noqa: PLC0415  # loads torch: not for --help
-
     with said():
+        from batchnorm import studies as library  # noqa: PLC0415  # loads torch: not for --help
+
         library.recalibration(
             seeds=seeds,
             epochs=epochs,
@@ -186,20 +188,43 @@ def said() -> Iterator[None]:
     except BatchNormError as error:
         errors.print(f"batchnorm: {error}", markup=False)
         raise typer.Exit(2) from error
+    except ModuleNotFoundError as error:
+        errors.print(
+            f"batchnorm: the command needs {error.name}. Install it: pip install 'batchnorm[lab]'",
+            markup=False,
+        )
+        raise typer.Exit(2) from error
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         errors.print(
             f"batchnorm: {error.strerror or error}{where}. What is recorded stays; the same "
-            "command goes on once there is room and permission to write.",
+            f"command goes on {REMEDIES.get(error.errno or 0, 'once that is mended')}.",
             markup=False,
         )
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one has nothing left to stop
         errors.print("batchnorm: interrupted. The same command goes on from the last checkpoint.")
         raise typer.Exit(130) from error
+
+
+REMEDIES = {
+    errno.ENOSPC: "once there is room",
+    errno.EDQUOT: "once there is room",
+    errno.EFBIG: "once larger files are allowed",
+    errno.EACCES: "once it may write there",
+    errno.EPERM: "once it may write there",
+    errno.EROFS: "once it may write there",
+    errno.EEXIST: "with another folder",
+    errno.ENOTDIR: "with another folder",
+    errno.EISDIR: "once the folder of that name is moved away",
+}
 
 
 def main() -> None:
     """Run the command."""
     sys.path.insert(0, "")  # package.module:function may stand in the current folder
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before or behind a command's own handling: torch takes a second
+        raise SystemExit(130) from None

@@ -67,7 +67,9 @@ class _Forward(_BatchNorm):
         # momentum 1: what comes back in the buffers is the batch's statistics alone
         y = batch_norm(x, mean, var_unbiased, self.weight, self.bias, True, 1.0, self.eps)
         self.num_batches_tracked.add_(1)
-        share = self.num_batches_tracked.reciprocal().to(mean.dtype)
+        # a count as int64 would be inverted in float32, and counts end at 256 in bfloat16
+        wide = torch.float64 if mean.dtype == torch.float64 else torch.float32
+        share = self.num_batches_tracked.to(wide).reciprocal().to(mean.dtype)
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(var_unbiased, share)
         return y
@@ -77,8 +79,9 @@ class _Forward(_BatchNorm):
         if rank in self._ranks or (not self._ranks and rank >= 2):
             return
         wanted = "D or ".join(map(str, self._ranks)) + "D" if self._ranks else "2D or more"
+        name = "BatchNorm" if isinstance(self, _LazyNormBase) else type(self).__name__
         raise BatchNormError(
-            f"{type(self).__name__} expected {wanted} input (got {rank}D input of shape "
+            f"{name} expected {wanted} input (got {rank}D input of shape "
             f"{tuple(input.shape)}). Use the layer of that rank, or batchnorm.BatchNorm for any."
         )
 

@@ -110,6 +110,7 @@ def _twin(layer: _BatchNorm, cls: type[_BatchNorm]) -> nn.Module:
         layer.affine,
         layer.track_running_stats,
         bias=layer.bias is not None,
+        dtype=_dtype(layer),
     )
     twin.load_state_dict(layer.state_dict(), strict=False)  # an activation may have parameters
     for ours, theirs in ((twin.weight, layer.weight), (twin.bias, layer.bias)):
@@ -119,9 +120,16 @@ def _twin(layer: _BatchNorm, cls: type[_BatchNorm]) -> nn.Module:
 
 
 def _per_sample(layer: _BatchNorm, groups: int) -> nn.Module:
-    norm = nn.GroupNorm(groups, layer.num_features, layer.eps, affine=layer.affine)
+    norm = nn.GroupNorm(
+        groups, layer.num_features, layer.eps, affine=layer.affine, dtype=_dtype(layer)
+    )
     with torch.no_grad():
         for ours, theirs in ((norm.weight, layer.weight), (norm.bias, layer.bias)):
             if theirs is not None:
                 ours.copy_(theirs)
     return norm
+
+
+def _dtype(layer: _BatchNorm) -> torch.dtype | None:
+    like = layer.weight if layer.weight is not None else layer.running_mean
+    return None if like is None else like.dtype

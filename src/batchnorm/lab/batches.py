@@ -1,5 +1,6 @@
 """Where batches come from: tensors in memory, or a user's loaders."""
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -46,6 +47,8 @@ class TensorBatches:
         # a last batch of one image has no variance: it is left out
         whole, rest = divmod(self.train_images, batch_size)
         self.steps_per_epoch = whole + (rest > 1)
+        if not self.steps_per_epoch:
+            raise BatchNormError("there is 1 training image, and a batch wants 2 or more.")
         self.digest = images.digest
 
     def train(self, seed: int, epoch: int) -> Iterator[Batch]:
@@ -82,7 +85,7 @@ class LoaderBatches:
 
     def population(self, images: int) -> Iterator[Batch]:
         seen = 0
-        for inputs, labels in _checked(self._loaders.train):
+        for inputs, labels in _checked(_apart(self._loaders.train)):
             yield inputs, labels
             seen += len(inputs)
             if seen >= images:
@@ -104,6 +107,15 @@ def _generators(loader: Any) -> list[torch.Generator]:
     holders.append(getattr(holders[-1], "sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
     return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def _apart(loader: Any) -> Any:
+    """A loader with persistent workers has one iterator, and training is in the middle of it."""
+    if not getattr(loader, "persistent_workers", False):
+        return loader
+    twin = copy.copy(loader)
+    twin._iterator = None  # noqa: SLF001  # torch has no public way
+    return twin
 
 
 def _length(loader: Any, name: str) -> int:

@@ -1,7 +1,6 @@
 """The checkpoint of a cell: all that training needs to go on with the same numbers."""
 
 import os
-import pickle
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -69,12 +68,14 @@ def load(
     """Put everything back, torch's random state too; return the counters and the record's length."""
     try:
         content = torch.load(path, map_location="cpu")
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        model.load_state_dict(content["model"])
+    except OSError:
+        raise
+    except Exception as error:  # whatever a file that is not a checkpoint of ours makes torch raise
         raise BatchNormError(
             f"the checkpoint {path} cannot be read ({brief(error)}). Move it "
             "away: its cell then begins again."
         ) from error
-    model.load_state_dict(content["model"])
     for name, tensor in content["plain"].items():
         place, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(place), attribute, tensor)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm import kernels
 from batchnorm.lab.batches import Batch
@@ -50,7 +51,12 @@ def population_statistics(
     Yields whether the model has running statistics at all. The note's layer, which is no
     `_BatchNorm` of torch's, counts as well.
     """
-    layers = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
+    layers = [
+        module
+        for module in model.modules()
+        if getattr(module, "running_mean", None) is not None
+        and not isinstance(module, _InstanceNorm)  # its statistics are those of single images
+    ]
     if not layers:
         yield False
         return

@@ -26,6 +26,9 @@ from batchnorm.lab.training import (
     train_cell,
 )
 
+MOST_THREADS = 4096
+MOST_SEEDS = 2**40  # a seed is multiplied for each epoch, and torch takes 64 bits
+
 Data: TypeAlias = str | Images | Loaders
 
 
@@ -67,6 +70,11 @@ def plan(common: CellConfig, arms: Sequence[str], seeds: Sequence[int]) -> list[
     if not arms or not seeds:
         raise BatchNormError(
             f"compare got {len(arms)} arms and {len(seeds)} seeds and wants one or more of each."
+        )
+    if not 0 <= min(seeds) <= max(seeds) < MOST_SEEDS:
+        raise BatchNormError(
+            f"the seeds go from {min(seeds)} to {max(seeds)} and should be from 0 to below "
+            f"{MOST_SEEDS:,}."
         )
     return [
         dataclasses.replace(common, arm=arm, seed=seed)
@@ -131,6 +139,8 @@ def _check(config: CellConfig) -> None:
             raise BatchNormError(f"{name} is {value!r} and should be one of {', '.join(known)}.")
     for name in ("epochs", "evaluations_per_epoch", "recalibration_images", "threads"):
         _at_least(config, name, 1)
+    if config.threads > MOST_THREADS:
+        raise BatchNormError(f"threads is {config.threads} and should be at most {MOST_THREADS}.")
     _at_least(config, "batch_size", 2)  # one value per channel has no variance
     if config.train_images is not None:
         _at_least(config, "train_images", 2)
@@ -138,6 +148,8 @@ def _check(config: CellConfig) -> None:
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
             raise BatchNormError(f"{name} is {value} and should be a finite number from 0.")
+    if config.device.startswith("meta"):
+        raise BatchNormError("the device 'meta' computes nothing. `cpu` always does.")
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts

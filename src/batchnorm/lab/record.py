@@ -189,7 +189,12 @@ def read_cell(path: Path) -> Cell | None:
                     evaluations.append(Evaluation(layers=layers, **line))
                 case "done":
                     done = Done(**line)
-    except (TypeError, KeyError, AttributeError) as error:  # other fields, or no object at all
+    except (
+        TypeError,
+        KeyError,
+        AttributeError,
+        UnicodeDecodeError,
+    ) as error:  # other fields, or no object at all
         raise _not_ours(path, str(error)) from error
     return None if header is None else Cell(header, evaluations, done)
 

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,9 +87,12 @@ def _summarize_arm(arm: str, cells: list[Cell]) -> ArmSummary:
 
 def _speed(cell: Cell) -> float | None:
     """Examples per second over the whole cell, of training alone."""
-    header, last = cell.header, cell.last
-    examples = last.epoch * header.train_images
-    return examples / last.seconds if last.seconds > 0 else None
+    examples = sum(
+        after.examples_per_second * (after.seconds - before.seconds)
+        for before, after in pairwise(cell.evaluations)
+        if after.examples_per_second is not None
+    )
+    return examples / cell.last.seconds if cell.last.seconds > 0 else None
 
 
 class Point(NamedTuple):

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -207,11 +206,11 @@ def _rest_of_epoch(training: Training, epoch: int, done: int) -> Iterator[Batch]
         yield from training.batches.train(training.config.seed, epoch)
         return
     state = torch.get_rng_state()  # as the checkpoint had it, behind `done` batches
-    rest = islice(training.batches.train(training.config.seed, epoch), done, None)
-    first = next(rest)
+    batches = training.batches.train(training.config.seed, epoch)
+    for _ in range(done):
+        next(batches)  # its order was drawn at the start; what it draws for a batch comes again
     torch.set_rng_state(state)
-    yield first
-    yield from rest
+    yield from batches
 
 
 def _step(training: Training, inputs: Tensor, labels: Tensor) -> None:
@@ -249,8 +248,11 @@ def _speed(counters: Counters) -> float | None:
 
 
 def _evaluate_and_save(training: Training) -> None:
-    evaluation = _evaluate(training)
+    # arms measure differently; what they draw for it must not change what they train on
+    with torch.random.fork_rng(_cuda_devices(training.config.device)):
+        evaluation = _evaluate(training)
     counters = training.counters
+    counters.diverged |= not all(p.isfinite().all() for p in training.model.parameters())
     counters.last_seconds, counters.last_images = counters.seconds, 0
     append(training.record, json_line("evaluation", evaluation))
     checkpoint.save(
@@ -305,18 +307,22 @@ def append(path: Path, line: str) -> None:
 
 def _resume_or_begin(training: Training) -> None:
     header = _header(training)
-    if not training.checkpoint.exists():
+    cell = read_cell(training.record) if training.record.exists() else None
+    if cell is None or not training.checkpoint.exists():
         training.record.parent.mkdir(parents=True, exist_ok=True)
         training.record.write_text("", encoding="utf-8")  # what a killed start may have left
         append(training.record, json_line("header", header))
         _evaluate_and_save(training)
         return
-    cell = read_cell(training.record)
-    assert cell is not None  # noqa: S101  # a checkpoint is written after the header
     _refuse_another_origin(cell.header, header)
     training.counters, record_bytes = checkpoint.load(
         training.checkpoint, training.model, training.optimizer, training.scheduler
     )
+    if training.record.stat().st_size < record_bytes:
+        raise BatchNormError(
+            f"{training.record} is shorter than its checkpoint says: something was cut from it. "
+            f"Move {training.checkpoint.name} away; the cell then begins again."
+        )
     os.truncate(training.record, record_bytes)
 
 
@@ -365,8 +371,12 @@ def _header(training: Training) -> Header:
 def _digest(model: nn.Module, places: list[str]) -> str:
     """SHA-256 of the state outside the places of the norms: equal for every arm of a seed."""
     digest = hashlib.sha256()
+    norms = {model.get_submodule(place) for place in places}
+    # a shared norm has several names
+    named = model.named_modules(remove_duplicate=False)
+    prefixes = tuple(f"{name}." for name, module in named if module in norms)
     for name, value in model.state_dict().items():
-        if not name.startswith(tuple(f"{place}." for place in places)):
+        if not name.startswith(prefixes):
             digest.update(name.encode())
             if not isinstance(value, Tensor):  # a module's extra state
                 digest.update(repr(value).encode())
