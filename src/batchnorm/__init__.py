@@ -10,6 +10,7 @@ from batchnorm.functional import batch_norm
 from batchnorm.kernels import backend
 from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.model.account import changes
+from batchnorm.model.conversion import convert
 from batchnorm.model.folding import fold
 from batchnorm.model.freezing import freeze, freeze_like, no_update, unfreeze
 from batchnorm.model.parameters import param_groups
@@ -29,6 +30,7 @@ __all__ = [
     "batch_norm",
     "changes",
     "compare",
+    "convert",
     "fold",
     "freeze",
     "freeze_like",

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import batchnorm
 from batchnorm.errors import BatchNormError
 from batchnorm.lab.note import NoteBatchNorm
+from batchnorm.model import conversion
 from batchnorm.model.conversion import replace
 from batchnorm.model.discovery import activation_of, batch_norms
 
@@ -57,15 +58,12 @@ def batch_note(_layer: _BatchNorm) -> nn.Module:
 
 def group(layer: _BatchNorm) -> nn.Module:
     """Group normalization: statistics per sample over at most 32 groups of 4 channels or more."""
-    channels = layer.num_features
-    most = max(1, min(32, channels // 4))
-    groups = next(g for g in range(most, 0, -1) if channels % g == 0)
-    return _per_sample(layer, groups)
+    return conversion.KINDS["group"](layer)
 
 
 def layer(layer: _BatchNorm) -> nn.Module:
     """Layer normalization as in convolutional networks: per sample, over channels and space."""
-    return _per_sample(layer, 1)
+    return conversion.KINDS["layer"](layer)
 
 
 ARMS: dict[str, Arm] = {
@@ -117,17 +115,6 @@ def _twin(layer: _BatchNorm, cls: type[_BatchNorm]) -> nn.Module:
         if ours is not None and theirs is not None:
             ours.requires_grad_(theirs.requires_grad)
     return twin
-
-
-def _per_sample(layer: _BatchNorm, groups: int) -> nn.Module:
-    norm = nn.GroupNorm(
-        groups, layer.num_features, layer.eps, affine=layer.affine, dtype=_dtype(layer)
-    )
-    with torch.no_grad():
-        for ours, theirs in ((norm.weight, layer.weight), (norm.bias, layer.bias)):
-            if theirs is not None:
-                ours.copy_(theirs)
-    return norm
 
 
 def _dtype(layer: _BatchNorm) -> torch.dtype | None:

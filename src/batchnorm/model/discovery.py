@@ -1,5 +1,8 @@
 """Find the batch normalization in a model."""
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -12,6 +15,16 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     used under several names is listed once.
     """
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def matching(model: nn.Module, pattern: str | Sequence[str]) -> list[tuple[str, _BatchNorm]]:
+    """The batch norms whose name fits one of the patterns, with * and ?."""
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    return [
+        (name, layer)
+        for name, layer in batch_norms(model).items()
+        if any(fnmatchcase(name, each) for each in patterns)
+    ]
 
 
 def activation_of(norm: nn.Module) -> nn.Module:

@@ -10,7 +10,6 @@ A layer as torch makes it has use=False, update=True. `freeze` sets use=True, up
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -21,7 +20,7 @@ from batchnorm import kernels
 from batchnorm.errors import BatchNormError
 from batchnorm.model import account
 from batchnorm.model.account import Change
-from batchnorm.model.discovery import batch_norms, constant_norms
+from batchnorm.model.discovery import batch_norms, constant_norms, matching
 
 METADATA = "batchnorm.frozen"  # the key in a state dict's metadata
 
@@ -128,7 +127,7 @@ def freeze(
             "Call unfreeze."
         )
     entries = []
-    for name, layer in _matching(model, pattern):
+    for name, layer in matching(model, pattern):
         if layer.running_mean is None:
             entries.append(Change(name, done=False, what="keeps no running statistics to use"))
             continue
@@ -149,7 +148,7 @@ def unfreeze(model: nn.Module, pattern: str | Sequence[str] = "*") -> nn.Module:
     counter were never touched.
     """
     entries = []
-    for name, layer in _matching(model, pattern):
+    for name, layer in matching(model, pattern):
         done = isinstance(layer, Frozen)
         _thaw(layer)
         entries.append(Change(name, done=done, what="unfrozen" if done else "was not frozen"))
@@ -204,15 +203,6 @@ def no_update(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, tracked in before.items():
             layer.track_running_stats = tracked
-
-
-def _matching(model: nn.Module, pattern: str | Sequence[str]) -> list[tuple[str, _BatchNorm]]:
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    return [
-        (name, layer)
-        for name, layer in batch_norms(model).items()
-        if any(fnmatchcase(name, each) for each in patterns)
-    ]
 
 
 def _freeze(layer: _BatchNorm, *, use: bool, update: bool, parameters: bool) -> None:

@@ -42,19 +42,22 @@ def draw(study: Study, words: Words) -> Figure:
 
 
 def _draw_row(axes: Axes, row: int, rescues: list[Rescue]) -> None:
+    """The means on the row with their numbers at the outer ends, the seeds a little below."""
     before, after = [r.before for r in rescues], [r.after for r in rescues]
-    first, last = statistics.fmean(before), statistics.fmean(after)
-    axes.plot([first, last], [row, row], color="0.55", linewidth=2.5, zorder=1)
-    for values, colour, face in ((before, BEFORE, "none"), (after, AFTER, AFTER)):
-        axes.scatter(values, [row] * len(values), s=12, color=colour, alpha=0.35, zorder=2)
+    means = statistics.fmean(before), statistics.fmean(after)
+    axes.plot(means, [row, row], color="0.55", linewidth=2.5, zorder=1)
+    for values, mean, colour, face in (
+        (before, means[0], BEFORE, "white"),
+        (after, means[1], AFTER, AFTER),
+    ):
+        below = [row + 0.27] * len(values)
+        axes.scatter(values, below, s=12, color=colour, alpha=0.5, linewidths=0)
         axes.scatter(
-            statistics.fmean(values), row, s=80, edgecolors=colour, facecolors=face if face != "none" else "white",
-            linewidths=2, zorder=3, label=colour if row == 0 else None,
+            mean, row, s=80, edgecolors=colour, facecolors=face, linewidths=2, zorder=3,
+            label=colour if row == 0 else None,
         )  # fmt: skip
-    left, right = sorted([(first, BEFORE), (last, AFTER)])
-    offset = 0.018
-    axes.text(left[0] - offset, row, f"{left[0]:.3f}", ha="right", va="center", fontsize="small")
-    axes.text(right[0] + offset, row, f"{right[0]:.3f}", ha="left", va="center", fontsize="small")
+    for mean, offset, side in ((min(means), -0.018, "right"), (max(means), 0.018, "left")):
+        axes.text(mean + offset, row, f"{mean:.3f}", ha=side, va="center", fontsize="small")
 
 
 def save(study: Study, folder: Path, words: Words) -> None:
