@@ -41,6 +41,7 @@ def check(model, *inputs, left=0):
     assert len(account.left) == left, account
     assert len(batch_norms(folded)) == left
     assert account.facts["difference_in_float64"] < 1e-9
+    assert account.facts["largest_output"] == pytest.approx(expected.abs().max().item(), rel=1e-4)
     return folded
 
 

@@ -45,7 +45,7 @@ def fold(model: nn.Module, inputs: Any = None) -> nn.Module:
         model: in evaluation mode; it is not changed.
         inputs: sample inputs, a tensor, a tuple of arguments, or a dict of keyword arguments. With
             them the outputs of model and copy are compared, in the model's dtype and in float64,
-            and `changes(copy).facts` has the largest differences; linear layers, whose channel axis
+            and `changes(copy).facts` has the largest differences and the largest output; linear layers, whose channel axis
             depends on the rank of the input, are folded only with them.
 
     Returns:
@@ -442,13 +442,13 @@ def _proof(model: nn.Module, folded: nn.Module, inputs: Any) -> dict[str, Any]:
     twin = copy.deepcopy(model).double()
     list(_Folding(twin, trace(twin), _ranks(twin, doubled)).fold_all())
     difference = _difference(exact, _call(twin, doubled))
-    scale = max([1.0, *(float(y.abs().max()) for y in exact if y.numel())])
-    if not difference <= TOLERANCE * scale:
+    scale = max([0.0, *(float(y.abs().max()) for y in exact if y.numel())])
+    if not difference <= TOLERANCE * max(1.0, scale):
         raise BatchNormError(
             f"fold: in float64 the folded model's outputs differ by {difference:.2g}, more than "
             "rounding. Nothing was changed; please report the model."
         )
-    return {"difference": own, "difference_in_float64": difference}
+    return {"difference": own, "difference_in_float64": difference, "largest_output": scale}
 
 
 def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
