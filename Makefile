@@ -28,7 +28,7 @@ $(VENV)/demo-installed: pyproject.toml constraints.txt
 
 $(VENV)/dev-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,export,dev]'
 	touch $@ $(VENV)/demo-installed
 
 # The page is opened in a real browser and drawn in Chinese: both come from the system's packages.

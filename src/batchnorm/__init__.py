@@ -13,6 +13,8 @@ from batchnorm.model.account import changes
 from batchnorm.model.conversion import convert
 from batchnorm.model.folding import fold
 from batchnorm.model.freezing import freeze, freeze_like, no_update, unfreeze
+from batchnorm.model.inventory import summary
+from batchnorm.model.masking import masked
 from batchnorm.model.parameters import param_groups
 from batchnorm.model.recalibration import recalibrate
 
@@ -34,9 +36,11 @@ __all__ = [
     "fold",
     "freeze",
     "freeze_like",
+    "masked",
     "no_update",
     "param_groups",
     "recalibrate",
+    "summary",
     "unfreeze",
 ]
 

@@ -42,7 +42,7 @@ class Changes:
         return [entry for entry in self.entries if not entry.done]
 
     def __str__(self) -> str:
-        facts = [f"{name}: {value}" for name, value in self.facts.items()]
+        facts = [f"{name.replace('_', ' ')}: {_short(v)}" for name, v in self.facts.items()]
         return "\n".join([self.headline, *facts, *map(str, self.entries)])
 
     @property
@@ -51,6 +51,10 @@ class Changes:
             return f"{self.operation}: no such batch norm in the model, nothing to do"
         left = f", {len(self.left)} left" if self.left else ""
         return f"{self.operation}: {len(self.done)} layers{left}"
+
+
+def _short(value: Any) -> str:
+    return format(value, ".3g") if isinstance(value, float) else str(value)
 
 
 _ACCOUNTS: WeakKeyDictionary[nn.Module, Changes] = WeakKeyDictionary()

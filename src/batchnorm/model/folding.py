@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.model import account
 from batchnorm.model.account import Change
+from batchnorm.model.calling import feed
 from batchnorm.model.discovery import activation_of, batch_norms, constant_norms
 from batchnorm.model.tracing import Call, Traced, trace
 
@@ -414,34 +415,31 @@ def _ranks(model: nn.Module, inputs: Any) -> dict[nn.Module, _Seen] | None:
 
     handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules()]
     try:
-        _call(model, inputs)
+        _outputs(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     return seen
 
 
-def _call(model: nn.Module, inputs: Any) -> list[Tensor]:
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     """The tensors among the outputs."""
     with torch.no_grad():
-        if isinstance(inputs, dict):
-            outputs = model(**inputs)
-        else:
-            outputs = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        outputs = feed(model, inputs)
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def _proof(model: nn.Module, folded: nn.Module, inputs: Any) -> dict[str, Any]:
     """The largest differences of the outputs: in the model's dtype, and in float64."""
-    own = _difference(_call(model, inputs), _call(folded, inputs))
+    own = _difference(_outputs(model, inputs), _outputs(folded, inputs))
     doubled = pytree.tree_map(
         lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, inputs
     )
-    exact = _call(copy.deepcopy(model).double(), doubled)
+    exact = _outputs(copy.deepcopy(model).double(), doubled)
     # folded anew: the copy's weights are rounded to the model's dtype
     twin = copy.deepcopy(model).double()
     list(_Folding(twin, trace(twin), _ranks(twin, doubled)).fold_all())
-    difference = _difference(exact, _call(twin, doubled))
+    difference = _difference(exact, _outputs(twin, doubled))
     scale = max([0.0, *(float(y.abs().max()) for y in exact if y.numel())])
     if not difference <= TOLERANCE * max(1.0, scale):
         raise BatchNormError(

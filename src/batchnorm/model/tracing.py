@@ -22,6 +22,8 @@ class Call:
     module: nn.Module
     source: "Call | None" = None  # the module whose output, used here alone, is the input
     users: int = 0  # of the output, whatever they are
+    before: str = ""  # what gives the input: a module's name, or a function's
+    behind: tuple[str, ...] = ()  # what takes the output, likewise
 
 
 @dataclass
@@ -53,8 +55,7 @@ def trace(model: nn.Module) -> Traced:
     traced = Traced()
     constants = set(constant_norms(model).values())
     for name, part, graph in _graphs(model, "", constants, traced, set()):
-        del name
-        _read(part, graph, traced)
+        _read(name, part, graph, traced)
     return traced
 
 
@@ -84,7 +85,7 @@ def _graphs(
         yield name, module, graph
 
 
-def _read(root: nn.Module, graph: fx.Graph, traced: Traced) -> None:
+def _read(name: str, root: nn.Module, graph: fx.Graph, traced: Traced) -> None:
     calls: dict[fx.Node, Call] = {}
     for node in graph.nodes:
         if node.op != "call_module":
@@ -96,11 +97,22 @@ def _read(root: nn.Module, graph: fx.Graph, traced: Traced) -> None:
                 calls[node] = calls[source]
                 calls[node].users += len(node.users) - 1
             continue
-        call = Call(module, users=len(node.users))
+        before = ", ".join(_called(name, each) for each in node.all_input_nodes)
+        behind = tuple(_called(name, user) for user in node.users)
+        call = Call(module, users=len(node.users), before=before, behind=behind)
         if source in calls and calls[source].users == 1:
             call.source = calls[source]
         calls[node] = call
         traced.calls[module].append(call)
+
+
+def _called(name: str, node: fx.Node) -> str:
+    """The name of what a node calls: a module's path in the whole model, or a function's name."""
+    if node.op == "call_module":
+        return f"{name}.{node.target}" if name else str(node.target)
+    if node.op == "call_function":
+        return str(getattr(node.target, "__name__", node.target))
+    return {"placeholder": "the input", "output": "the output"}.get(node.op, str(node.target))
 
 
 def _only_source(node: fx.Node) -> Any:

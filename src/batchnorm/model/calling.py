@@ -1,0 +1,30 @@
+"""Run a model on sample inputs as users give them, and leave it as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+
+def feed(model: nn.Module, inputs: Any) -> Any:
+    """The outputs for a tensor, a tuple of arguments, or a dict of keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Inside, buffers (running statistics, counters) and random states may move; they come back."""
+    before = {b: b.detach().clone() for b in model.buffers() if not is_lazy(b)}
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(sorted(devices)):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before.items():
+                buffer.copy_(value)
