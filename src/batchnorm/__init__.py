@@ -9,7 +9,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import backend
 from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.model.account import changes
+from batchnorm.model.account import Change, Changes, changes
 from batchnorm.model.conversion import convert
 from batchnorm.model.folding import fold
 from batchnorm.model.freezing import freeze, freeze_like, no_update, unfreeze
@@ -28,6 +28,8 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormError",
+    "Change",
+    "Changes",
     "backend",
     "batch_norm",
     "changes",

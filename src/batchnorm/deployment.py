@@ -127,7 +127,7 @@ def _batches(given: Any, spec: str) -> Iterable[Any]:
     """A loader, the first of a tuple of loaders, or a tensor of inputs, the first of a tuple."""
     first: Any = given[0] if isinstance(given, tuple) and given else given
     if isinstance(first, Tensor):
-        return first.split(BATCH)
+        return torch.split(first, BATCH)
     if not isinstance(first, Iterable):
         raise BatchNormError(
             f"the data {spec} gave a {type(given).__name__} and should give a loader, a tensor of "

@@ -128,7 +128,8 @@ class _Folding:
     def _calls(self, norm: nn.Module) -> list[Call]:
         calls = self.traced.calls.get(norm, [])
         if not calls:
-            raise Unfoldable("not in what could be traced")
+            idle = self.seen is not None and norm not in self.seen
+            raise Unfoldable("not called" if idle else "not in what could be traced")
         self._refuse_calls_outside(norm)
         return calls
 

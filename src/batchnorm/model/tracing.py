@@ -12,6 +12,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.model.discovery import constant_norms
 
+CONTAINERS = (
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+)  # torch's, with a forward of their own or none: only what is in them can be traced
 PASSES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -70,19 +76,21 @@ def _graphs(
         return
     seen.add(module)
     tracer = _Tracer(constants)
-    if not list(module.children()) or tracer.is_leaf_module(module, name):
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the model's own forward
-            graph = tracer.trace(module)
-    except Exception as error:  # noqa: BLE001  # any model's forward may raise anything on a proxy
-        traced.untraced[name] = str(error).partition("\n")[0]
-        for child_name, child in module.named_children():
-            path = f"{name}.{child_name}" if name else child_name
-            yield from _graphs(child, path, constants, traced, seen)
-    else:
-        yield name, module, graph
+    if not isinstance(module, CONTAINERS):
+        if not list(module.children()) or tracer.is_leaf_module(module, name):
+            return
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the model's own forward
+                graph = tracer.trace(module)
+        except Exception as error:  # noqa: BLE001  # a model's forward may raise anything on a proxy
+            traced.untraced[name] = str(error).partition("\n")[0]
+        else:
+            yield name, module, graph
+            return
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        yield from _graphs(child, path, constants, traced, seen)
 
 
 def _read(name: str, root: nn.Module, graph: fx.Graph, traced: Traced) -> None:
