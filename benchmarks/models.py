@@ -58,11 +58,13 @@ difference of the outputs ÷ the largest output; 0 means the same bits.
 - **torch.export**, **ONNX Runtime**: the folded model's export against the model, in float32; "–" where
   torch cannot export the model, folded or not (control flow by values, lists of images);
 - **converted**: layers turned into this library's, and the difference; turned back, the outputs have
-  the same bits and the modules the same classes, where nothing else is said.
+  the same bits and the modules the same classes, where nothing else is said;
+- **fused**: norms that also do the activation or sum behind them, and the differences in `eval()` and
+  in `train()` ("–" where the model has one value per channel, which training refuses).
 """
 COLUMNS = (
     "| model | input | norms | recalibrated | frozen | folded | in float64 | torch.export "
-    "| ONNX Runtime | converted |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| ONNX Runtime | converted | fused |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 SIDES = (64, 96, 128, 224, 256, 299)  # of the images, the smallest that the model takes
 
@@ -83,6 +85,7 @@ class Line:
     exported: str  # torch.export
     onnx: str  # ONNX Runtime
     converted: str  # to this library's layers, and back to torch's
+    fused: str  # with what follows them
 
 
 # one of each family of timm's with batch norm, the smallest, and some more of the broad ones
@@ -334,6 +337,26 @@ def converted(model: nn.Module, inputs: tuple[Any, ...], expected: list[Tensor])
     return f"{count}, {there}" + ("" if same and back == "0" else f"; back: {back}, same: {same}")
 
 
+def fused(model: nn.Module, inputs: tuple[Any, ...], expected: list[Tensor]) -> str:
+    """Norms that took something in, and the difference in evaluation and in training mode."""
+
+    def training(model: nn.Module) -> list[Tensor]:
+        torch.manual_seed(3)
+        with batchnorm.no_update(model.train()):
+            return outputs(model, inputs)
+
+    try:
+        in_training = training(model)
+    except ValueError:  # one value per channel
+        in_training = []
+    batchnorm.convert(model.eval(), fuse=True)
+    count = batchnorm.changes(model).facts["fused"]
+    found = apart(outputs(model, inputs), expected)
+    there = apart(training(model), in_training) if in_training else "–"
+    batchnorm.convert(model.eval(), to="torch")
+    return f"{count}, {found}, {there}"
+
+
 def exported(folded: nn.Module, inputs: tuple[Any, ...], expected: list[Tensor]) -> tuple[str, str]:
     """torch.export's program and ONNX Runtime, against the model that was not folded."""
     if not all(isinstance(x, Tensor) for x in inputs):
@@ -370,6 +393,7 @@ def examine(group: str, name: str, build: Build) -> Line | None:
         recalibrated=done, frozen=cold, folded=f"{len(account.done)}",
         left=reasons(account.left), difference=f"{account.facts['difference_in_float64'] / scale:.0e}",
         exported=program, onnx=onnx, converted=converted(model, inputs, expected),
+        fused=fused(model, inputs, expected),
     )  # fmt: skip
 
 
@@ -446,7 +470,7 @@ def page(lines: list[Line]) -> str:
             text.append(
                 f"| {line.model} | {line.input} | {line.norms} | {line.recalibrated} | {line.frozen} "
                 f"| {line.folded}{note} | {line.difference} | {line.exported} | {line.onnx} "
-                f"| {line.converted} |"
+                f"| {line.converted} | {line.fused} |"
             )
         text.append("")
         text += [f"{number}. {left}" for left, number in notes.items()]

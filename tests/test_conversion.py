@@ -106,9 +106,76 @@ def test_a_layer_that_is_shared_stays_shared():
         assert model["a"] is model["b"][0]
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU, nn.Sigmoid])
+@pytest.mark.parametrize("drop", [None, nn.Dropout])
+def test_timms_norm_with_an_activation_keeps_it(act, drop, training):
+    model = nn.Sequential(timm.layers.BatchNormAct2d(3, act_layer=act, drop_layer=drop))
+    twin = copy.deepcopy(model)
+    batchnorm.convert(model)
+    assert isinstance(model[0], timm.layers.BatchNormAct2d)
+    assert isinstance(model[0], batchnorm.layers.Forward)
+    pickled = copy.deepcopy(model)
+    for each in (model, pickled):
+        other = copy.deepcopy(twin)
+        torch.manual_seed(1)
+        y = each.train(training)(images())
+        torch.manual_seed(1)
+        torch.testing.assert_close(y, other.train(training)(images()))
+        torch.testing.assert_close(each.state_dict(), other.state_dict())
+    batchnorm.convert(model, "torch")
+    assert type(model[0]) is timm.layers.BatchNormAct2d
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As in detectron2: everything is a buffer."""
+
+    def __init__(self, num_features, eps=1e-4):
+        super().__init__()
+        self.eps = eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(num_features) + 0.5)
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        bias = self.bias - self.running_mean * scale
+        return x * scale.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
+
+
+FROZEN = {
+    "detectron2's": FrozenBatchNorm2d,
+    "torchvision's": torchvision.ops.FrozenBatchNorm2d,
+    "timm's": timm.layers.FrozenBatchNormAct2d,
+}
+
+
+@pytest.mark.parametrize("to", ["ours", "torch", "frozen"])
+@pytest.mark.parametrize("kind", FROZEN.values(), ids=FROZEN)
+def test_others_frozen_kinds_become_norms_that_are_frozen(kind, to):
+    options = {"apply_act": False} if kind is timm.layers.FrozenBatchNormAct2d else {}
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), kind(8, eps=1e-3, **options)).train()
+    model[1].running_var.uniform_(0.5, 2)
+    expected, state = model(images()), dict(model.state_dict())
+    batchnorm.convert(model, to)
+    assert isinstance(model[1], nn.BatchNorm2d)
+    assert isinstance(model[1], batchnorm.BatchNorm2d) == (to != "torch")
+    torch.testing.assert_close(model.train()(images()), expected)
+    assert not model[1].weight.requires_grad
+    found = model.state_dict()
+    assert found.pop("1.num_batches_tracked") == 0
+    torch.testing.assert_close(dict(found), state, rtol=0, atol=0)
+    assert batchnorm.unfreeze(model)[1].training
+
+
+def test_to_frozen_is_frozen_with_its_parameters():
+    model = batchnorm.convert(network(), "frozen").train()
+    assert not model[1].training
+    assert not model[1].weight.requires_grad
+
+
 def test_what_does_more_than_batch_norm_is_left_or_keeps_its_activation():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), timm.layers.BatchNormAct2d(8)).eval()
-    batchnorm.convert(model)
+    batchnorm.convert(model, "sync")
     assert "a BatchNormAct2d with an activation of its own" in str(batchnorm.changes(model))
     batchnorm.convert(model, "none")
     torch.testing.assert_close(model(images()), model[0](images()).relu())
@@ -141,7 +208,7 @@ def test_layers_are_chosen_by_name_and_a_model_may_be_a_norm():
 def test_an_unknown_kind_is_said():
     with pytest.raises(BatchNormError, match="to='weight' and wants one of ours, torch, sync"):
         batchnorm.convert(network(), "weight")
-    assert set(KINDS) == {"ours", "torch", "sync", "group", "layer", "instance", "none"}
+    assert set(KINDS) == {"ours", "torch", "sync", "group", "layer", "instance", "frozen", "none"}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])

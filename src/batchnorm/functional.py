@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from batchnorm import kernels
@@ -17,8 +18,11 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """y = (x − mean) / √(var + eps) · weight + bias, per channel.
+    """y = activation((x − mean) / √(var + eps) · weight + bias + residual), per channel.
 
     In training mean and var are those of the batch, var the biased one, over all axes but axis 1;
     running_mean and running_var, where given, are then updated in place,
@@ -38,13 +42,17 @@ def batch_norm(
         training: normalize with the batch's statistics instead of the running ones.
         momentum: the weight of the new batch in the running statistics, as in torch.
         eps: added to the variance, inside the square root.
+        residual: of the input's shape, or one that broadcasts to it; added before the activation.
+        activation: relu, leaky_relu (slope 0.01), sigmoid, tanh, silu, gelu (exact) or hardswish;
+            None for none.
 
     Returns:
         y: (N, C, *spatial), of the dtype and the memory format of the input.
 
     Raises:
         BatchNormError: a shape or dtype that does not fit, a single value per channel in training,
-            no running statistics in evaluation, an eps that is not positive.
+            no running statistics in evaluation, an eps that is not positive, an activation that is
+            not known, a residual that does not fit.
 
     Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
@@ -60,8 +68,24 @@ def batch_norm(
             f"batch_norm: eps must be positive in training and not negative in evaluation, "
             f"but got eps={eps}. The default is 1e-5."
         )
+    if activation is not None and activation not in kernels.ACTIVATIONS:
+        known = ", ".join(kernels.ACTIVATIONS)
+        raise BatchNormError(
+            f"batch_norm got activation={activation!r} and wants one of {known}, or None."
+        )
+    if residual is not None and residual.shape != input.shape:
+        _check_residual(input, residual)
     return kernels.batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        residual,
+        activation,
     )
 
 
@@ -81,6 +105,18 @@ def _check_input(x: Tensor, training: bool) -> None:
             "Expected more than 1 value per channel when training, got an input of shape "
             f"{tuple(x.shape)}. One value has no variance: use a larger batch (drop_last=True if "
             "this is the last one), or normalize with the running statistics in eval()."
+        )
+
+
+def _check_residual(x: Tensor, residual: Tensor) -> None:
+    try:
+        fits = torch.broadcast_shapes(residual.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise BatchNormError(
+            f"batch_norm got a residual of shape {tuple(residual.shape)} for an input of shape "
+            f"{tuple(x.shape)} and wants the same, or one that broadcasts to it."
         )
 
 

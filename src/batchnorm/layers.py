@@ -17,7 +17,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.functional import batch_norm
 
 
-class _Forward(_BatchNorm):
+class Forward(_BatchNorm):
     """torch.nn's parameters, buffers and state dict; our forward pass."""
 
     _ranks: tuple[int, ...] = ()  # of the inputs that the layer takes; empty: any from 2
@@ -26,16 +26,24 @@ class _Forward(_BatchNorm):
         """Normalize input: (N, C, *spatial); update the running statistics in training mode."""
         if isinstance(input, fx.Proxy):
             return self._as_leaf(input)
+        return self.normalize(input)
+
+    def normalize(
+        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        """The forward pass, and in the same sweep what follows it: activation(y + residual)."""
         self._check_input_dim(input)
         if not self.training:
             # without running statistics evaluation, too, takes the batch's
             by_batch = self.running_mean is None and self.running_var is None
-            return self._normalize(input, self.running_mean, self.running_var, by_batch)
+            return self._normalize(
+                input, self.running_mean, self.running_var, by_batch, residual, activation
+            )
         if not self.track_running_stats:
-            return self._normalize(input, None, None, by_batch=True)
+            return self._normalize(input, None, None, True, residual, activation)
         if self.momentum is None and self.num_batches_tracked is not None:
-            return self._normalize_and_average(input)
-        y = self._normalize(input, self.running_mean, self.running_var, by_batch=True)
+            return self._normalize_and_average(input, residual, activation)
+        y = self._normalize(input, self.running_mean, self.running_var, True, residual, activation)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return y
@@ -46,14 +54,27 @@ class _Forward(_BatchNorm):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         by_batch: bool,
+        residual: Tensor | None,
+        activation: str | None,
     ) -> Tensor:
         # a layer that has neither momentum nor a counter leaves its statistics alone, as torch's
         momentum = 0.0 if self.momentum is None else self.momentum
         return batch_norm(
-            x, running_mean, running_var, self.weight, self.bias, by_batch, momentum, self.eps
+            x,
+            running_mean,
+            running_var,
+            self.weight,
+            self.bias,
+            by_batch,
+            momentum,
+            self.eps,
+            residual=residual,
+            activation=activation,
         )
 
-    def _normalize_and_average(self, x: Tensor) -> Tensor:
+    def _normalize_and_average(
+        self, x: Tensor, residual: Tensor | None, activation: str | None
+    ) -> Tensor:
         """running ← running + (batch − running) / t: after t batches their plain average.
 
         The counter stays a tensor: reading it as a number would wait for the device and break the
@@ -65,7 +86,10 @@ class _Forward(_BatchNorm):
         mean = torch.zeros_like(self.running_mean)
         var_unbiased = torch.zeros_like(self.running_var)
         # momentum 1: what comes back in the buffers is the batch's statistics alone
-        y = batch_norm(x, mean, var_unbiased, self.weight, self.bias, True, 1.0, self.eps)
+        y = batch_norm(
+            x, mean, var_unbiased, self.weight, self.bias, True, 1.0, self.eps,
+            residual=residual, activation=activation,
+        )  # fmt: skip
         self.num_batches_tracked.add_(1)
         # a count as int64 would be inverted in float32, and counts end at 256 in bfloat16
         wide = torch.float64 if mean.dtype == torch.float64 else torch.float32
@@ -99,7 +123,7 @@ class _Forward(_BatchNorm):
         )
 
 
-class BatchNorm1d(_Forward, nn.BatchNorm1d):
+class BatchNorm1d(Forward, nn.BatchNorm1d):
     """y = (x − mean) / √(var + eps) · weight + bias, per feature of (N, C) or channel of (N, C, L).
 
     A `torch.nn.BatchNorm1d`: the same arguments, defaults, state dict and numbers.
@@ -125,7 +149,7 @@ class BatchNorm1d(_Forward, nn.BatchNorm1d):
     _ranks = (2, 3)
 
 
-class BatchNorm2d(_Forward, nn.BatchNorm2d):
+class BatchNorm2d(Forward, nn.BatchNorm2d):
     """y = (x − mean) / √(var + eps) · weight + bias, per channel of (N, C, H, W).
 
     A `torch.nn.BatchNorm2d`; each pixel counts as a sample. See `BatchNorm1d` for the rest.
@@ -134,7 +158,7 @@ class BatchNorm2d(_Forward, nn.BatchNorm2d):
     _ranks = (4,)
 
 
-class BatchNorm3d(_Forward, nn.BatchNorm3d):
+class BatchNorm3d(Forward, nn.BatchNorm3d):
     """y = (x − mean) / √(var + eps) · weight + bias, per channel of (N, C, D, H, W).
 
     A `torch.nn.BatchNorm3d`; each voxel counts as a sample. See `BatchNorm1d` for the rest.
@@ -143,7 +167,7 @@ class BatchNorm3d(_Forward, nn.BatchNorm3d):
     _ranks = (5,)
 
 
-class BatchNorm(_Forward):
+class BatchNorm(Forward):
     """y = (x − mean) / √(var + eps) · weight + bias, per channel of (N, C, *spatial), any rank.
 
     `BatchNorm(64)` has its size; `BatchNorm()` learns it at the first batch. Until then its

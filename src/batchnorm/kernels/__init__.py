@@ -6,6 +6,8 @@ training, updates the running statistics where it has the batch's variance in ha
 digit left once var ≪ eps.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,9 +27,40 @@ def batch_norm(
     training: bool,
     momentum: float,
     eps: float,
+    residual: Tensor | None,
+    activation: str | None,
 ) -> Tensor:
     """Normalize x: (N, C, *spatial); see `batchnorm.batch_norm` for the equations."""
-    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if residual is None and activation is None:
+        return y
+    # nobody else holds y, and no backward pass reads it: what follows may be written over it, which
+    # saves the fresh memory; a transform may have made the residual larger than y
+    alone = not torch._C._are_functorch_transforms_active()  # noqa: SLF001  # torch has no public way
+    if residual is not None:
+        alike = residual.shape == y.shape and residual.dtype == y.dtype
+        y = y.add_(residual) if alone and alike else y + residual
+    if activation is None:
+        return y
+    in_place = IN_PLACE.get(activation) if alone else None
+    return ACTIVATIONS[activation](y) if in_place is None else in_place(y)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "hardswish": F.hardswish,
+}
+# those whose gradient is a function of what they give
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

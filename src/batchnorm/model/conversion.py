@@ -1,18 +1,20 @@
 """Put other layers in the place of a model's batch normalization."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import layers
 from batchnorm.errors import BatchNormError
-from batchnorm.model import account
+from batchnorm.model import account, fusion
 from batchnorm.model.account import Change
-from batchnorm.model.discovery import activation_of, batch_norms, matching
-from batchnorm.model.freezing import Frozen
+from batchnorm.model.discovery import activation_of, batch_norms, constant_norms, fits
+from batchnorm.model.freezing import Frozen, freeze_layer
+from batchnorm.model.mixing import Mixin, mix, unmix
 
 OURS = {
     nn.BatchNorm1d: layers.BatchNorm1d,
@@ -36,7 +38,9 @@ class _Left(Exception):  # noqa: N818  # a reason, told in the account
     """Why a layer stays."""
 
 
-def convert(model: nn.Module, to: str = "ours", pattern: str | Sequence[str] = "*") -> nn.Module:
+def convert(
+    model: nn.Module, to: str = "ours", pattern: str | Sequence[str] = "*", *, fuse: bool = False
+) -> nn.Module:
     """Put another kind of layer in the place of each batch norm, in place; return the model.
 
     The new layers hold the same Parameter and buffer objects, so that an optimizer made before
@@ -47,29 +51,49 @@ def convert(model: nn.Module, to: str = "ours", pattern: str | Sequence[str] = "
         model: any model with batch norm in it.
         to: "ours" (this library's layers; the same outputs), "torch" (torch.nn's; the same
             outputs), "sync" (torch's SyncBatchNorm; the same outputs in evaluation), "group",
-            "layer" or "instance" norm (statistics of each sample; weight and bias are kept), or
-            "none".
+            "layer" or "instance" norm (statistics of each sample; weight and bias are kept),
+            "frozen" (as `freeze` does, weight and bias, too), or "none".
         pattern: which layers, by name, with * and ?; or several patterns.
+        fuse: with "ours": let each layer also do the activation, or the residual sum and the
+            activation, that stand behind it in its block's forward. Classes, modules, names and
+            hooks stay; in training and in evaluation the outputs are the same. What the traced
+            graph does not prove safe stays as it is. `convert(model, to="torch")` undoes it.
 
     Returns:
         The model; where it is a batch norm itself, the new layer. `changes` of it names what was
         converted, and what was left and why.
 
     Raises:
-        BatchNormError: a kind that is not known.
+        BatchNormError: a kind that is not known; fuse=True with another than "ours".
     """
     if to not in KINDS:
         raise BatchNormError(f"convert got to={to!r} and wants one of {', '.join(KINDS)}.")
-    entries, made = [], {}
-    for name, layer in matching(model, pattern):
+    if fuse and to != "ours":
+        raise BatchNormError(f'convert got fuse=True with to={to!r}: only "ours" can be fused.')
+    if to != "ours":
+        fusion.unfuse(model)
+    made: dict[nn.Module, nn.Module] = {}
+    why: dict[nn.Module, str] = {}
+    norms = {**batch_norms(model), **constant_norms(model)}
+    wanted = {name: layer for name, layer in norms.items() if fits(name, pattern)}
+    for layer in wanted.values():
         try:
             made[layer] = _converted(layer, to)
         except _Left as reason:
-            entries.append(Change(name, done=False, what=str(reason)))
+            why[layer] = str(reason)
+    model = _replace(model, made)
+    taken = fusion.fuse(model) if fuse else {}
+    entries = []
+    for name, layer in wanted.items():
+        if layer in why:
+            entries.append(Change(name, done=False, what=why[layer]))
         else:
-            entries.append(Change(name, done=True, what=f"is now a {type(made[layer]).__name__}"))
-    model = replace(model, lambda layer: made.get(layer, layer))
-    return account.record(model, "convert", entries, to=to)
+            more = "".join(f", with {each}" for each in taken.get(made[layer], []))
+            what = f"is now a {type(made[layer]).__name__}{more}"
+            entries.append(Change(name, done=True, what=what))
+    return account.record(
+        model, "convert", entries, to=to, **({"fused": len(taken)} if fuse else {})
+    )
 
 
 def replace(model: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
@@ -78,19 +102,28 @@ def replace(model: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Mod
     `make` is called once a layer: one that is shared under several names stays shared. A model
     that is itself a batch-norm layer comes back as `make(model)`.
     """
-    made = {layer: make(layer) for layer in batch_norms(model).values()}
+    return _replace(model, {layer: make(layer) for layer in batch_norms(model).values()})
+
+
+def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children drops duplicates  # noqa: SLF001
-            if isinstance(child, _BatchNorm) and made.get(child, child) is not child:
+            if child is not None and made.get(child, child) is not child:
                 setattr(parent, name, made[child])
-    return made[model] if isinstance(model, _BatchNorm) else model
+    return made.get(model, model)
 
 
-def _converted(layer: _BatchNorm, to: str) -> nn.Module:
+def _converted(layer: Any, to: str) -> nn.Module:
+    if not isinstance(layer, _BatchNorm):
+        return _from_constants(layer, to)
     if isinstance(layer, Frozen):
         raise _Left("frozen: unfreeze it first")
     activation = activation_of(layer)
+    if to == "frozen":
+        return KINDS[to](layer)
     if to in {"ours", "torch", "sync"}:
+        if to != "sync" and (type(layer).__name__ == "BatchNormAct2d" or isinstance(layer, _Timms)):
+            return _recast_timms(layer, to)
         if not isinstance(activation, nn.Identity):
             raise _Left(f"a {type(layer).__name__} with an activation of its own")
         return KINDS[to](layer)
@@ -120,6 +153,56 @@ def _recast(layer: _BatchNorm, classes: dict[Any, Any]) -> nn.Module:
     elif type(layer) not in {*OURS, *OURS.values()}:
         raise _Left(f"a {type(layer).__name__}, which may do more than batch norm")
     return layer
+
+
+class _Timms(Mixin, layers.Forward):
+    """timm's BatchNormAct2d with our forward pass: norm, drop, activation."""
+
+    _ranks = (4,)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """act(drop(norm(input)))."""
+        if isinstance(input, fx.Proxy):
+            return self._as_leaf(input)
+        act: Any = self.act
+        name = fusion.MODULES.get(type(act))
+        if name is not None and type(self.drop) is nn.Identity and not fusion.hooked(act):
+            return self.normalize(input, activation=name)
+        y: Tensor = act(self.drop(self.normalize(input)))  # type: ignore[operator]  # a module
+        return y
+
+
+def _recast_timms(layer: _BatchNorm, to: str) -> nn.Module:
+    """The same object with the activation that it has."""
+    if to == "torch" and isinstance(layer, _Timms):
+        unmix(layer)
+    elif to == "ours" and not isinstance(layer, _Timms):
+        mix(_Timms, layer)
+    return layer
+
+
+def _from_constants(constants: Any, to: str) -> nn.Module:
+    """torchvision's, timm's and detectron2's frozen kinds, whose parameters are buffers."""
+    if to not in {"ours", "torch", "frozen"}:
+        raise _Left(f"a {type(constants).__name__}: its statistics are constants")
+    if not isinstance(activation_of(constants), nn.Identity):
+        raise _Left(f"a {type(constants).__name__} with an activation of its own")
+    kind = nn.BatchNorm2d if to == "torch" else layers.BatchNorm2d
+    norm = kind(len(constants.running_mean), getattr(constants, "eps", 1e-5), device="meta")
+    for name in ("weight", "bias"):
+        setattr(norm, name, nn.Parameter(getattr(constants, name), requires_grad=False))
+    norm.running_mean, norm.running_var = constants.running_mean, constants.running_var
+    norm.num_batches_tracked = torch.zeros((), dtype=torch.long, device=norm.weight.device)
+    norm.train(constants.training)
+    for hooks in HOOKS:
+        setattr(norm, hooks, getattr(constants, hooks))
+    return _to_frozen(norm)
+
+
+def _to_frozen(layer: _BatchNorm) -> nn.Module:
+    if layer.running_mean is None:
+        raise _Left("keeps no running statistics to use")
+    return freeze_layer(layer, use=True, update=False, parameters=True)
 
 
 def _to_sync(layer: _BatchNorm) -> nn.Module:
@@ -157,5 +240,6 @@ KINDS: dict[str, Callable[[_BatchNorm], nn.Module]] = {
     "group": _to_groups,
     "layer": _to_layer,
     "instance": _to_instances,
+    "frozen": _to_frozen,
     "none": lambda _layer: nn.Identity(),
 }

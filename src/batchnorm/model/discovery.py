@@ -18,13 +18,14 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def matching(model: nn.Module, pattern: str | Sequence[str]) -> list[tuple[str, _BatchNorm]]:
-    """The batch norms whose name fits one of the patterns, with * and ?."""
+    """The batch norms whose name fits one of the patterns."""
+    return [(name, norm) for name, norm in batch_norms(model).items() if fits(name, pattern)]
+
+
+def fits(name: str, pattern: str | Sequence[str]) -> bool:
+    """The name fits one of the patterns, with * and ?."""
     patterns = [pattern] if isinstance(pattern, str) else pattern
-    return [
-        (name, layer)
-        for name, layer in batch_norms(model).items()
-        if any(fnmatchcase(name, each) for each in patterns)
-    ]
+    return any(fnmatchcase(name, each) for each in patterns)
 
 
 def activation_of(norm: nn.Module) -> nn.Module:

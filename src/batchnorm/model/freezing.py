@@ -21,6 +21,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.model import account
 from batchnorm.model.account import Change
 from batchnorm.model.discovery import batch_norms, constant_norms, matching
+from batchnorm.model.mixing import Mixin, mix, unmix
 
 METADATA = "batchnorm.frozen"  # the key in a state dict's metadata
 
@@ -34,7 +35,7 @@ class Switches(NamedTuple):
     required_grad: tuple[bool | None, ...]  # of weight and bias before; None: has none
 
 
-class Frozen(_BatchNorm):
+class Frozen(Mixin, _BatchNorm):
     """A mixin, put before a layer's own class: `train()` does not reach the statistics."""
 
     _switches: Switches
@@ -89,10 +90,6 @@ class Frozen(_BatchNorm):
         if metadata is not None:
             metadata[METADATA] = {"use": self._switches.use, "update": self._switches.update}
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # the class is made at run time: pickle and deepcopy find it by the class that it freezes
-        return _rebuild, (_thawed_class(type(self)),), self.__dict__
-
 
 def freeze(
     model: nn.Module,
@@ -131,8 +128,7 @@ def freeze(
         if layer.running_mean is None:
             entries.append(Change(name, done=False, what="keeps no running statistics to use"))
             continue
-        _thaw(layer)
-        _freeze(layer, use=use, update=update, parameters=parameters)
+        freeze_layer(layer, use=use, update=update, parameters=parameters)
         entries.append(Change(name, done=True, what=f"frozen, use={use}, update={update}"))
     entries += [
         Change(name, done=False, what=f"a {type(constant).__name__} is frozen for good")
@@ -180,8 +176,7 @@ def freeze_like(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
                 f"freeze_like: the state dict froze {name!r}, and the model has no batch norm of "
                 "that name."
             )
-        _thaw(layers[name])
-        _freeze(layers[name], **switches, parameters=False)
+        freeze_layer(layers[name], **switches, parameters=False)
         entries.append(Change(name, done=True, what="frozen as in the state dict"))
     return account.record(model, "freeze_like", entries)
 
@@ -205,11 +200,13 @@ def no_update(model: nn.Module) -> Iterator[nn.Module]:
             layer.track_running_stats = tracked
 
 
-def _freeze(layer: _BatchNorm, *, use: bool, update: bool, parameters: bool) -> None:
+def freeze_layer(layer: _BatchNorm, *, use: bool, update: bool, parameters: bool) -> _BatchNorm:
+    """Freeze one layer, in place; see `freeze`."""
+    _thaw(layer)
     affine = (layer.weight, layer.bias)
     required_grad = tuple(None if p is None else p.requires_grad for p in affine)
     training = layer.training
-    layer.__class__ = _frozen_class(type(layer))
+    mix(Frozen, layer)
     assert isinstance(layer, Frozen)  # noqa: S101  # for the type checker
     layer._switches = Switches(use, update, layer.track_running_stats, required_grad)  # noqa: SLF001  # our own
     if not update:
@@ -218,7 +215,7 @@ def _freeze(layer: _BatchNorm, *, use: bool, update: bool, parameters: bool) -> 
         for parameter in affine:
             if parameter is not None:
                 parameter.requires_grad_(False)
-    layer.train(training)
+    return layer.train(training)
 
 
 def _thaw(layer: _BatchNorm) -> None:
@@ -226,31 +223,9 @@ def _thaw(layer: _BatchNorm) -> None:
         return
     switches, training = layer._switches, layer._asked_to_train  # noqa: SLF001  # our own
     del layer._switches, layer._asked_to_train  # noqa: SLF001
-    layer.__class__ = _thawed_class(type(layer))
+    unmix(layer)
     layer.track_running_stats = switches.tracked
     for parameter, required in zip((layer.weight, layer.bias), switches.required_grad, strict=True):
         if parameter is not None and required is not None:
             parameter.requires_grad_(required)
     layer.train(training)
-
-
-_CLASSES: dict[type[nn.Module], type[_BatchNorm]] = {}
-
-
-def _frozen_class(cls: type[nn.Module]) -> type[_BatchNorm]:
-    """The class with `Frozen` before it, under its own name: tracing asks for the module."""
-    if cls not in _CLASSES:
-        _CLASSES[cls] = _make_class(cls)
-    return _CLASSES[cls]
-
-
-def _make_class(cls: type[nn.Module]) -> type[_BatchNorm]:
-    return type(cls.__name__, (Frozen, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
-
-
-def _thawed_class(cls: type[nn.Module]) -> Any:
-    return cls.__bases__[1]
-
-
-def _rebuild(cls: type[_BatchNorm]) -> nn.Module:
-    return nn.Module.__new__(_frozen_class(cls))
