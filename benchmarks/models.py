@@ -60,7 +60,7 @@ difference of the outputs ÷ the largest output; 0 means the same bits.
 - **converted**: layers turned into this library's, and the difference; turned back, the outputs have
   the same bits and the modules the same classes, where nothing else is said;
 - **fused**: norms that also do the activation or sum behind them, and the differences in `eval()` and
-  in `train()` ("–" where the model has one value per channel, which training refuses).
+  in `train()` ("–" where training refuses one value per channel, or a detector no targets).
 """
 COLUMNS = (
     "| model | input | norms | recalibrated | frozen | folded | in float64 | torch.export "
@@ -347,7 +347,7 @@ def fused(model: nn.Module, inputs: tuple[Any, ...], expected: list[Tensor]) -> 
 
     try:
         in_training = training(model)
-    except ValueError:  # one value per channel
+    except (ValueError, AssertionError):  # one value per channel; detectors want targets
         in_training = []
     batchnorm.convert(model.eval(), fuse=True)
     count = batchnorm.changes(model).facts["fused"]

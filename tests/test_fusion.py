@@ -104,8 +104,8 @@ ACTIVATIONS = {
     "sigmoid": [nn.Sigmoid(), torch.sigmoid, lambda x: x.sigmoid()],
     "tanh": [nn.Tanh(), torch.tanh, lambda x: x.tanh()],
     "silu": [nn.SiLU(), F.silu],
-    "gelu": [F.gelu],
-    "leaky_relu": [F.leaky_relu],
+    "gelu": [nn.GELU(), F.gelu],
+    "leaky_relu": [nn.LeakyReLU(), F.leaky_relu],
     "hardswish": [nn.Hardswish(), F.hardswish],
     None: [
         nn.LeakyReLU(0.3),

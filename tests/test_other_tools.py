@@ -171,3 +171,31 @@ def test_lightning_synchronizes_it_and_takes_it_back():
     synced = plugin.apply(model)
     assert isinstance(synced[1], nn.SyncBatchNorm)
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in plugin.revert(synced).modules())
+
+
+def test_torch_ao_refuses_to_fuse_it_and_takes_it_back_as_torchs():
+    model = convolutional(batchnorm.BatchNorm2d).eval()
+    expected = model(images())
+    with pytest.raises(AssertionError, match="did not find fuser method"):
+        torch.ao.quantization.fuse_modules(copy.deepcopy(model), [["0", "1", "2"]])
+    batchnorm.convert(model, to="torch")
+    fused = torch.ao.quantization.fuse_modules(model, [["0", "1", "2"]])
+    torch.testing.assert_close(fused(images()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_ao_passes_it_by_in_a_graph():
+    model = convolutional(batchnorm.BatchNorm2d).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao has moved to torchao
+        from torch.ao.quantization import quantize_fx
+
+        fused = quantize_fx.fuse_fx(copy.deepcopy(model))
+    torch.testing.assert_close(fused(images()), model(images()), rtol=1e-5, atol=1e-5)
+
+
+def test_torch_export_holds_torchs_operator():
+    model = convolutional(batchnorm.BatchNorm2d).eval()
+    program = torch.export.export(model, (images(),))
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert "aten.batch_norm.default" in targets
+    torch.testing.assert_close(program.module()(images()), model(images()), rtol=1e-5, atol=1e-5)

@@ -1,5 +1,6 @@
 """Both READMEs: their code runs, their commands parse, their links lead somewhere."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import tiny
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
+GUIDE = "docs/whole-models.md"
 
 
 def text(name):
@@ -60,7 +62,25 @@ def test_what_is_done_to_a_model_runs(name):
     assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("name", READMES)
+def test_the_guide_to_whole_models_runs():
+    images = tiny.as_images().test_images
+    names = {
+        "batchnorm": batchnorm, "torch": torch, "model": tiny.network(), "images": images,
+        "batches": list(images.split(32)), "target_loader": images.split(32),
+        "speech": torch.nn.BatchNorm1d(3), "padded": torch.randn(2, 3, 9),
+        "lengths": torch.tensor([4, 9]),
+    }  # fmt: skip
+    for code in blocks(GUIDE, "python"):
+        labelled = [{"image": batch} for batch in images.split(32)]
+        for statement in ast.parse(code).body:
+            line = ast.get_source_segment(code, statement)
+            loader = labelled if '["image"]' in line else images.split(32)
+            names["loader"] = loader
+            exec(compile(line, GUIDE, "exec"), names)  # noqa: S102
+            names["model"].train("fold" not in line)
+
+
+@pytest.mark.parametrize("name", [*READMES, GUIDE])
 def test_the_commands_options_exist(name):
     shell = "\n".join(blocks(name, "sh")).replace("\\\n", " ")
     lines = [line.partition("#")[0] for line in shell.splitlines()]
@@ -86,11 +106,11 @@ def test_the_make_targets_exist(name):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", GUIDE])
 def test_links_and_pictures_are_there(name):
     for link in re.findall(r"\]\(([^)#]+)\)", text(name)):
         if not link.startswith("http"):
-            assert (ROOT / link).exists(), link
+            assert ((ROOT / name).parent / link).exists(), link
 
 
 def test_both_languages_give_the_same_numbers():

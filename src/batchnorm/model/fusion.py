@@ -36,8 +36,8 @@ CALLS: dict[Any, str] = {
     "sigmoid_": "sigmoid", F.tanh: "tanh", "tanh": "tanh", "tanh_": "tanh",
 }  # fmt: skip
 MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
+    nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh",
+    nn.SiLU: "silu", nn.GELU: "gelu", nn.Hardswish: "hardswish",
 }  # fmt: skip
 DEFAULTS = {"negative_slope": 0.01, "approximate": "none"}
 Kinds = tuple[type, ...]
@@ -125,6 +125,14 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None, activation: str | N
     if residual is not None:
         y = y + residual
     return y if activation is None else kernels.ACTIVATIONS[activation](y)
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """Its name, where it is one with default arguments."""
+    own = vars(module)
+    if any(own.get(key, value) != value for key, value in DEFAULTS.items()):
+        return None
+    return MODULES.get(type(module))
 
 
 def hooked(module: nn.Module) -> bool:
@@ -323,8 +331,7 @@ class _Rewriting:
         """Its name, where the node is one with default arguments."""
         if node.op == "call_module":
             module = self.block.get_submodule(str(node.target))
-            plain = type(module) in MODULES and len(node.args) == 1 and not node.kwargs
-            return MODULES[type(module)] if plain else None
+            return activation_name(module) if len(node.args) == 1 and not node.kwargs else None
         rest = {key for key, value in node.kwargs.items() if DEFAULTS.get(key, value) != value}
         rest |= set(node.kwargs) - {"inplace", *DEFAULTS}
         if node.op not in {"call_function", "call_method"} or len(node.args) != 1 or rest:

@@ -1,0 +1,70 @@
+"""Others' models, a few of those in docs/models.md, through everything that the table shows."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def models():
+    """benchmarks/models.py."""
+    spec = importlib.util.spec_from_file_location("models", ROOT / "benchmarks" / "models.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["models"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+# name -> norms, of them folded, fused
+SAMPLE = {
+    "shufflenet_v2_x0_5": (56, 56, 37),
+    "timm mobilenetv3_small_050": (34, 34, 0),  # timm's norms have their activations already
+    "timm fasternet_t0": (17, 17, 13),
+    "smp FPN": (20, 20, 17),
+    "ssdlite320_mobilenet_v3_large": (70, 70, 31),
+    "r3d_18": (20, 20, 9),
+    "torchaudio Conformer": (2, 2, 2),
+}
+
+
+def small(text):
+    """It is a difference, and within the rounding of float32 through a deep network."""
+    return text == "0" or (re.fullmatch(r"\de-\d\d", text) is not None and float(text) <= 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # of others' models
+@pytest.mark.parametrize(("name", "counts"), SAMPLE.items(), ids=SAMPLE)
+def test_every_tool_on_it(models, name, counts):
+    group, build = models.all_models()[name]
+    line = models.examine(group, name, build)
+    done, error = line.recalibrated.split(", ")
+    assert (int(done), int(line.folded), int(line.fused.split(", ")[0])) == counts
+    assert float(error) < 1e-3
+    assert line.frozen == "0"
+    assert float(line.difference) < 1e-12
+    exportable = group != "detection" and "Conformer" not in name
+    assert [small(line.exported), small(line.onnx)] == [exportable] * 2, line
+    assert re.fullmatch(rf"{line.norms}, 0", line.converted)
+    assert all(
+        small(each) or (each, group) == ("–", "detection") for each in line.fused.split(", ")[1:]
+    )
+
+
+def test_the_page_has_every_model(models):
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    for name, (group, build) in models.all_models().items():
+        if group == "timm":
+            assert f"| {name} |" in page
+        elif f"| {name} |" not in page:
+            with torch.device("meta"):
+                model = build()
+            assert not any(
+                isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
+            ), name
