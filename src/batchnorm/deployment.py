@@ -117,13 +117,13 @@ def recalibrate(
     weights.refuse_suffix(to)
     model, read = build(spec, checkpoint)
     assert read is not None  # noqa: S101  # a checkpoint was given
-    batches = _batches(resolve(data, "data")(), data)
+    batches = batches_of(resolve(data, "data")(), data)
     recalibrate_model(model, batches, samples=samples, exact=exact, prior=prior, progress=progress)
     read.write(to, model)
     return changes(model)
 
 
-def _batches(given: Any, spec: str) -> Iterable[Any]:
+def batches_of(given: Any, spec: str) -> Iterable[Any]:
     """A loader, the first of a tuple of loaders, or a tensor of inputs, the first of a tuple."""
     first: Any = given[0] if isinstance(given, tuple) and given else given
     if isinstance(first, Tensor):

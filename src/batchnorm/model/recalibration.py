@@ -164,6 +164,10 @@ class Collector:
     def __exit__(self, *exception: object) -> None:
         for module, mode in self._modes.items():
             module.training = mode
+        self.restore()
+
+    def restore(self) -> None:
+        """Give every layer its own statistics back; `read` leaves those of the last batch."""
         for layer, (mean, var) in self._buffers.items():
             layer.running_mean, layer.running_var = mean, var
 
@@ -328,7 +332,7 @@ class _Batches:
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         seen = 0
         for batch in self._loader:
-            size = _size(batch)
+            size = size_of(batch)
             yield batch, size
             seen += size
             if self._progress is not None:
@@ -438,7 +442,7 @@ def _known(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key in parameters}
 
 
-def _size(batch: Any) -> int:
+def size_of(batch: Any) -> int:
     """How many samples a batch holds: the length of its first tensor, or of a list in its place."""
     first = batch
     if isinstance(batch, Mapping):

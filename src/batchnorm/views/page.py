@@ -31,7 +31,7 @@ def render(record: Record, words: Words) -> str:
     specs = {"accuracy": charts.accuracy(record, words)}
     specs |= {f"curve-{quantity}": spec for quantity, spec in curves.items()}
     specs |= {f"layer-{place}": spec for place, spec in layers.items()}
-    return _fill(
+    return fill(
         "report.html.j2",
         words=words,
         title=words("title", network=network, data=data),
@@ -62,7 +62,7 @@ def render(record: Record, words: Words) -> str:
 
 def html(record: Record, words: Words) -> str:
     """The verdict and the table, for a notebook's cell."""
-    return _fill(
+    return fill(
         "notebook.html.j2",
         words=words,
         sentences=verdict.verdict(record, words),
@@ -71,7 +71,8 @@ def html(record: Record, words: Words) -> str:
     )
 
 
-def _fill(template: str, **values: Any) -> str:
+def fill(template: str, **values: Any) -> str:
+    """A template of this folder with its values, escaped."""
     return _environment().get_template(template).render(**values)
 
 

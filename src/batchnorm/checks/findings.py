@@ -1,0 +1,123 @@
+"""What was found: by which rule, in which layer, by what evidence, and how to mend it."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, overload
+
+
+class Level(IntEnum):
+    """How sure it is that something goes wrong."""
+
+    NOTE = 1  # healthy, published models do it, too
+    WARNING = 2  # costs accuracy, or will, under conditions that are named
+    ERROR = 3  # the numbers are wrong, or the training will stop
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule's finding in one layer, or in the model as a whole."""
+
+    rule: str  # "BN001"
+    title: str
+    level: Level
+    layer: str  # "" for the model
+    evidence: str  # a sentence with the numbers, the threshold, and why it is that
+    remedy: str  # code
+    numbers: dict[str, Any] = field(default_factory=dict)
+    fixable: bool = False  # check(fix=True) mends it
+
+    def __str__(self) -> str:
+        where = f" {self.layer}:" if self.layer else ""
+        return f"{self.rule} {self.level}:{where} {self.evidence}"
+
+
+class Findings(Sequence[Finding]):
+    """The findings, the worst first; printed, a line each with the remedy of each rule once."""
+
+    def __init__(
+        self,
+        findings: Sequence[Finding],
+        *,
+        model: str,
+        checked: Sequence[str] = (),
+        skipped: dict[str, str] | None = None,
+        fixed: Sequence[str] = (),
+    ) -> None:
+        self._findings = sorted(findings, key=lambda f: (-f.level, f.rule))
+        self.model = model
+        self.checked = list(checked)  # the rules that could be checked
+        self.skipped = skipped or {}  # those that could not, and why
+        self.fixed = list(fixed)  # what fix=True did
+
+    @overload
+    def __getitem__(self, index: int) -> Finding: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Finding]: ...
+    def __getitem__(self, index: int | slice) -> Finding | list[Finding]:
+        return self._findings[index]
+
+    def __len__(self) -> int:
+        return len(self._findings)
+
+    @property
+    def worst(self) -> Level | None:
+        """The highest level; None where nothing was found."""
+        return self._findings[0].level if self._findings else None
+
+    def by_rule(self) -> dict[str, list[Finding]]:
+        """The findings of each rule, in order."""
+        found: dict[str, list[Finding]] = {}
+        for each in self._findings:
+            found.setdefault(each.rule, []).append(each)
+        return found
+
+    @property
+    def headline(self) -> str:
+        """One line for the whole."""
+        if not self._findings:
+            return f"{self.model}: nothing found by {len(self.checked)} rules"
+        counts = [
+            f"{count} {level}{'s' if count > 1 else ''}"
+            for level in reversed(Level)
+            if (count := sum(f.level is level for f in self._findings))
+        ]
+        return f"{self.model}: {', '.join(counts)}"
+
+    def _lines(self) -> Iterator[str]:
+        yield self.headline
+        for line in self.fixed:
+            yield f"fixed: {line}"
+        for rule, found in self.by_rule().items():
+            yield ""
+            yield f"{rule} {found[0].level}: {found[0].title}"
+            for each in found:
+                yield f"  {each.layer or '(the model)'}: {each.evidence}"
+            yield from (f"    {line}" for line in found[0].remedy.splitlines())
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    __repr__ = __str__
+
+    def to_json(self) -> str:
+        """For programs."""
+        content = {
+            "model": self.model,
+            "findings": [
+                {
+                    "rule": f.rule, "title": f.title, "level": str(f.level), "layer": f.layer,
+                    "evidence": f.evidence, "remedy": f.remedy, "numbers": f.numbers,
+                    "fixable": f.fixable,
+                }
+                for f in self._findings
+            ],
+            "checked": self.checked,
+            "skipped": self.skipped,
+            "fixed": self.fixed,
+        }  # fmt: skip
+        return json.dumps(content, indent=2, ensure_ascii=False)

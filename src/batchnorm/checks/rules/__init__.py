@@ -1,0 +1,112 @@
+"""The rules: each knows one thing that goes wrong, how it shows, and how to mend it.
+
+A rule is a function of a `Subject` that yields its evidence, a layer at a time. Its docstring is its
+page: what goes wrong and why the threshold is what it is. Another package adds rules by an entry
+point in the group `batchnorm.rules` that names a module; importing it registers them.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from inspect import cleandoc
+from typing import Any
+
+from batchnorm.checks.findings import Level
+from batchnorm.checks.subject import Subject
+from batchnorm.errors import BatchNormError, brief
+
+GROUP = "batchnorm.rules"
+MODULES = ("state", "statistics", "batches", "trainings", "surroundings")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Where, and by what numbers."""
+
+    layer: str  # "" for the model
+    text: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+    level: Level | None = None  # where it differs from the rule's
+
+
+Find = Callable[[Subject], Iterator[Evidence]]
+Mend = Callable[[Subject, str], str]  # the layer's name -> what was done
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that goes wrong."""
+
+    identifier: str
+    title: str  # a sentence
+    level: Level
+    needs: tuple[str, ...]  # of loader, optimizer, training: without them it is skipped
+    remedy: str  # code
+    find: Find
+    mend: Mend | None = None  # changes the model, the optimizer, or what the loader feeds
+
+    @property
+    def explanation(self) -> str:
+        """Why it goes wrong, how it shows, and why the threshold is what it is."""
+        return cleandoc(self.find.__doc__ or "")
+
+
+_RULES: dict[str, Rule] = {}
+
+
+def rule(
+    identifier: str,
+    title: str,
+    level: Level = Level.WARNING,
+    *,
+    needs: tuple[str, ...] = (),
+    remedy: str,
+    mend: Mend | None = None,
+) -> Callable[[Find], Find]:
+    """Register a rule; the function below it finds."""
+
+    def register(find: Find) -> Find:
+        if identifier in _RULES and _RULES[identifier].find.__qualname__ != find.__qualname__:
+            raise BatchNormError(
+                f"the rule {identifier} is there already: {_RULES[identifier].title} "
+                "Give the new one another identifier."
+            )
+        _RULES[identifier] = Rule(identifier, title, level, needs, cleandoc(remedy), find, mend)
+        return find
+
+    return register
+
+
+@cache
+def _load() -> None:
+    for name in MODULES:
+        importlib.import_module(f"{__name__}.{name}")
+    for entry in entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception as error:
+            raise BatchNormError(
+                f"the rules of {entry.value} ({GROUP}) could not be loaded: {brief(error)}."
+            ) from error
+
+
+def all_rules() -> dict[str, Rule]:
+    """Every rule by its identifier, ours and those that other packages add."""
+    _load()
+    return dict(sorted(_RULES.items()))
+
+
+def chosen(select: list[str] | None, ignore: list[str] | None) -> list[Rule]:
+    """Those whose identifiers begin with one of `select`, and with none of `ignore`."""
+    rules = all_rules()
+    for prefix in (*(select or []), *(ignore or [])):
+        if not any(name.startswith(prefix) for name in rules):
+            raise BatchNormError(f"there is no rule {prefix!r}; there are {', '.join(rules)}.")
+    return [
+        each
+        for name, each in rules.items()
+        if (not select or name.startswith(tuple(select)))
+        and not (ignore and name.startswith(tuple(ignore)))
+    ]

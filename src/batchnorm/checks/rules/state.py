@@ -1,0 +1,340 @@
+"""Rules that read a model as it stands: buffers, parameters, switches."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from batchnorm.checks.findings import Level
+from batchnorm.checks.rules import Evidence, rule
+from batchnorm.checks.subject import Layer, Subject
+from batchnorm.model.freezing import Frozen
+
+HALF = {torch.float16, torch.bfloat16}
+
+
+def _known(subject: Subject) -> Iterator[tuple[str, Layer]]:
+    """The layers that keep statistics and know their size."""
+    return ((n, m) for n, m in subject.tracking() if not is_lazy(m.running_mean))
+
+
+def _reset(subject: Subject, name: str) -> str:
+    layer = subject.layers[name]
+    layer.reset_running_stats()
+    return f"{name}: the running statistics were reset; recalibrate or train to fill them"
+
+
+@rule(
+    "BN008",
+    "Running statistics that no data can have.",
+    Level.ERROR,
+    remedy="""
+    layer.reset_running_stats()
+    batchnorm.recalibrate(model, loader)
+    """,
+    mend=_reset,
+)
+def broken_statistics(subject: Subject) -> Iterator[Evidence]:
+    """A running mean or variance that is NaN or infinite, or a variance below 0.
+
+    One batch with a NaN in it is enough: the running average keeps it for ever, and `eval()` gives
+    NaN from then on while `train()` goes on well. A negative variance comes from a variance computed
+    as E[x²] − E[x]², or from weights that were averaged, rounded or edited. There is no threshold.
+    """
+    for name, layer in _known(subject):
+        mean, var = layer.running_mean, layer.running_var
+        broken = int((~(mean.isfinite() & var.isfinite())).sum())
+        negative = int((var < 0).sum())
+        if broken:
+            text = f"{broken} of {len(var)} channels have a mean or variance that is not finite"
+            yield Evidence(name, text, {"channels": broken, "of": len(var)})
+        elif negative:
+            text = f"{negative} of {len(var)} channels have a negative running variance"
+            yield Evidence(name, text, {"channels": negative, "of": len(var)})
+
+
+def untrained(layer: Layer) -> bool:
+    """Its statistics are those that it was made with."""
+    counter = layer.num_batches_tracked
+    return (
+        (counter is None or int(counter) == 0)
+        and not layer.running_mean.any()
+        and bool((layer.running_var == 1).all())
+    )
+
+
+@rule(
+    "BN009",
+    "Evaluated with the statistics that the layer was made with.",
+    remedy="""
+    model.load_state_dict(torch.load("weights.pt", weights_only=True))  # with the buffers, or
+    batchnorm.recalibrate(model, loader)
+    """,
+)
+def never_trained(subject: Subject) -> Iterator[Evidence]:
+    """The counter is 0, the running mean 0 and the running variance 1 in every channel.
+
+    In evaluation mode such a layer does nothing but scale and shift. It happens where a checkpoint
+    was loaded with `strict=False` and without its buffers, or where only parameters were copied. A
+    model in training mode is about to be trained: there it is a note.
+    """
+    for name, layer in _known(subject):
+        if untrained(layer):
+            level = Level.NOTE if subject.model.training else None
+            yield Evidence(
+                name, "running mean 0, running variance 1, no batch counted", level=level
+            )
+
+
+@rule(
+    "BN010",
+    "No running statistics: in evaluation, too, an output depends on the rest of its batch.",
+    remedy="""
+    layer = torch.nn.BatchNorm2d(channels)  # track_running_stats=True, the default
+    batchnorm.recalibrate(model, loader)
+    """,
+)
+def no_running_statistics(subject: Subject) -> Iterator[Evidence]:
+    """`track_running_stats=False`: `eval()` normalizes by the batch at hand.
+
+    A single image then has another result than the same image in a batch of others, and a batch of
+    one class another than a mixed one.
+    """
+    for name, layer in subject.layers.items():
+        if layer.running_mean is None and not isinstance(layer, nn.SyncBatchNorm):
+            yield Evidence(name, "track_running_stats=False")
+
+
+def _one_minus(subject: Subject, name: str) -> str:
+    layer = subject.layers[name]
+    old, layer.momentum = layer.momentum, round(1 - layer.momentum, 12)
+    return f"{name}: momentum {old} is now {layer.momentum}"
+
+
+@rule(
+    "BN011",
+    "A momentum that forgets everything but the last batch or two.",
+    remedy="layer.momentum = 1 - layer.momentum  # torch weighs the new batch: Keras's 0.99 is 0.01",
+    mend=_one_minus,
+)
+def inverted_momentum(subject: Subject) -> Iterator[Evidence]:
+    """momentum ≥ 0.5. In torch it weighs the new batch; in Keras, Flax and ONNX the old value.
+
+    With 0.9 the running statistics are nine tenths the last batch. The half-life in batches is
+    ln 2 ÷ −ln(1 − momentum): 6.6 for torch's 0.1, one batch for 0.5, 0.3 for 0.9. From 0.5 on,
+    evaluation has the noise of a single batch; no published model is trained so. Momentum 1 with
+    statistics that are taken once, from one large batch, is deliberate: a note.
+    """
+    for name, layer in _known(subject):
+        if layer.momentum is not None and layer.momentum >= 0.5:
+            level = Level.NOTE if layer.momentum == 1 else None
+            text = f"momentum {layer.momentum:g}: the last batch has this share of the statistics"
+            yield Evidence(name, text, {"momentum": layer.momentum}, level)
+
+
+@rule(
+    "BN013",
+    "A layer whose eps is not that of the others.",
+    Level.NOTE,
+    remedy="layer.eps = 1e-5  # as where the weights come from: Keras 1e-3, torch 1e-5",
+)
+def odd_eps(subject: Subject) -> Iterator[Evidence]:
+    """eps differs within the model, as where a part comes from another framework.
+
+    Keras's default is 1e-3, torch's 1e-5. It matters where variances are small: at a variance of
+    1e-3 the output of a layer with eps 1e-3 is 1/√2 of the one with eps 1e-5.
+    """
+    found = {name: layer.eps for name, layer in subject.layers.items()}
+    usual = max(set(found.values()), key=list(found.values()).count, default=None)
+    for name, eps in found.items():
+        if eps != usual:
+            yield Evidence(name, f"eps {eps:g}, the model's others {usual:g}", {"eps": eps})
+
+
+def _to_float(subject: Subject, name: str) -> str:
+    layer = subject.layers[name]
+    layer.running_mean, layer.running_var = layer.running_mean.float(), layer.running_var.float()
+    return f"{name}: the running statistics are float32 now"
+
+
+@rule(
+    "BN020",
+    "Running statistics in half precision.",
+    remedy="""
+    for name, buffer in layer.named_buffers():
+        if buffer.is_floating_point():
+            setattr(layer, name, buffer.float())  # or keep norms in float32 under autocast
+    """,
+)
+def half_precision(subject: Subject) -> Iterator[Evidence]:
+    """bfloat16 keeps 8 bits, float16 11: an average that moves by a tenth gets stuck.
+
+    running + 0.1 · (batch − running) rounds back to `running` once the step is below half a unit in
+    the last place. A running mean was seen stuck at 2.0 in bfloat16 where float32 reaches 4.74. A
+    model that is only evaluated loses little: there it is a note.
+    """
+    for name, layer in _known(subject):
+        if layer.running_mean.dtype in HALF:
+            kind = str(layer.running_mean.dtype).removeprefix("torch.")
+            level = None if layer.training else Level.NOTE
+            yield Evidence(name, f"its running statistics are {kind}", {"dtype": kind}, level)
+
+
+@rule(
+    "BN022",
+    "Channels that carry nothing.",
+    remedy="batchnorm.summary(model)  # prune them, or train with a smaller rate or decay",
+)
+def dead_channels(subject: Subject) -> Iterator[Evidence]:
+    """A running variance of (almost) 0: the channel is the same for every input.
+
+    A ReLU before a convolution that died, a weight decayed to 0. Published models have some, so up
+    to half of a layer's channels is a note; from half on the layer is narrower than its cost. A
+    variance below eps ÷ 1000 counts as 0: what is left is multiplied by less than 1/√eps · √var =
+    0.03. A weight of 0 counts, too, but not where all are 0, as the last norm of a residual block
+    begins.
+    """
+    for name, layer in _known(subject):
+        dead = layer.running_var < layer.eps / 1000
+        if layer.weight is not None and bool(layer.weight.any()):
+            dead = dead | (layer.weight == 0)
+        if count := int(dead.sum()):
+            share = count / len(dead)
+            text = f"{count} of {len(dead)} channels: running variance below eps / 1000 or weight 0"
+            level = None if share >= 0.5 else Level.NOTE
+            yield Evidence(name, text, {"channels": count, "of": len(dead)}, level)
+
+
+STATISTICS = re.compile(
+    r"(^|_)(running|moving)_?(mean|var|variance|std)\b|^(mean|var)_?(running|moving)"
+)
+
+
+@rule(
+    "BN031",
+    "Running statistics outside the state dict.",
+    Level.ERROR,
+    remedy="""
+    self.register_buffer("moving_mean", torch.zeros(channels))  # in __init__, in place of
+    # self.moving_mean = torch.zeros(channels)
+    """,
+)
+def statistics_outside_the_state_dict(subject: Subject) -> Iterator[Evidence]:
+    """A module keeps running statistics as plain attributes, or as buffers that are not saved.
+
+    `state_dict` does not have them, so a model that is saved and loaded evaluates with the initial
+    ones, at chance; `model.to(device)` leaves them behind. Found by name: running or moving, mean or
+    variance.
+    """
+    for path, module in subject.model.named_modules():
+        plain = [key for key, v in vars(module).items() if isinstance(v, Tensor)]
+        unsaved = [key for key in module._buffers if key in module._non_persistent_buffers_set]  # noqa: SLF001
+        for key in (*plain, *unsaved):
+            if STATISTICS.search(key):
+                how = "a plain attribute" if key in plain else "a buffer with persistent=False"
+                yield Evidence(path, f"{key} is {how}", {"attribute": key})
+
+
+@rule(
+    "BN002",
+    "In training mode while the model is evaluated.",
+    Level.ERROR,
+    remedy="model.eval()  # and model.train() before the next step",
+)
+def training_while_evaluated(subject: Subject) -> Iterator[Evidence]:
+    """The model is in evaluation mode, and a batch norm in it is not; or a whole evaluation ran so.
+
+    Every forward pass then normalizes by its batch and moves the running statistics: results depend
+    on the order and size of the batches, and test data leaks into the model. Seen in a training by
+    passes without gradients in training mode where no pass was ever in evaluation mode.
+    """
+    if not subject.model.training:
+        for name, layer in subject.layers.items():
+            if layer.training and not isinstance(layer, Frozen):
+                yield Evidence(name, "training=True in a model with training=False")
+    seen = subject.training
+    if seen is not None and seen.steps:
+        blind = seen.forwards[True, False]
+        evaluated = seen.forwards[False, False] + seen.forwards[False, True]
+        if blind > 1 and not evaluated and _moved_without_gradients(subject):
+            text = (
+                f"{blind} passes without gradients, all of them in training mode, "
+                "and none in evaluation mode"
+            )
+            yield Evidence("", text, {"passes": blind})
+
+
+def _moved_without_gradients(subject: Subject) -> bool:
+    assert subject.training is not None  # noqa: S101  # for the type checker
+    return any(
+        calls[True, False] and layer.track_running_stats
+        for layer, calls in subject.training.calls.items()
+    )
+
+
+def _freeze(subject: Subject, name: str) -> str:
+    from batchnorm.model.freezing import freeze_layer  # noqa: PLC0415
+
+    freeze_layer(subject.layers[name], use=True, update=False, parameters=True)
+    return f"{name}: frozen, so that its statistics stay, too"
+
+
+@rule(
+    "BN003",
+    "Frozen by requires_grad=False alone: its statistics go on moving.",
+    remedy='batchnorm.freeze(model, "LAYER", parameters=True)  # survives model.train()',
+    mend=_freeze,
+)
+def frozen_by_requires_grad_alone(subject: Subject) -> Iterator[Evidence]:
+    """Weight and bias take no gradient, and in training mode the running statistics are updated.
+
+    The layer normalizes by the batch and drifts to the new data, which a frozen backbone was meant
+    not to do. Only where something else in the model is trained, or where the layer was seen in
+    steps: a model whose every parameter is switched off for a moment (a GAN's other half) is not
+    one that somebody froze.
+    """
+    trained = any(p.requires_grad for p in subject.model.parameters())
+    if not trained:
+        return
+    for name, layer in _known(subject):
+        parameters = [p for p in (layer.weight, layer.bias) if p is not None]
+        still = bool(parameters) and not any(p.requires_grad for p in parameters)
+        if still and layer.training and layer.track_running_stats:
+            yield Evidence(name, "requires_grad=False, training=True: the statistics are updated")
+
+
+@rule(
+    "BN004",
+    "A freeze that the next model.train() undoes.",
+    remedy='batchnorm.freeze(model, "LAYER")  # in place of layer.eval()',
+    mend=_freeze,
+)
+def freeze_undone(subject: Subject) -> Iterator[Evidence]:
+    """A layer was put in evaluation mode by itself; `model.train()` puts it back.
+
+    Seen in a training: a layer that stood in evaluation mode at one step stands in training mode at
+    a later one. In a model at rest it is a note: the script may repeat `layer.eval()` every epoch.
+    """
+    seen = subject.training
+    if seen is not None:
+        for layer in seen.thawed:
+            name = subject.names.get(layer)
+            if name is not None:
+                yield Evidence(
+                    name, "in evaluation mode at one step, in training mode at a later one"
+                )
+    if subject.model.training and seen is None:
+        for name, layer in _known(subject):
+            if not layer.training and not isinstance(layer, Frozen) and _thaws(layer):
+                yield Evidence(name, "layer.eval() in a model that trains", level=Level.NOTE)
+
+
+def _thaws(layer: Layer) -> bool:
+    """Its own train() listens."""
+    try:
+        layer.train()
+        return bool(layer.training)
+    finally:
+        layer.eval()

@@ -1,0 +1,149 @@
+"""Rules about running statistics that do not fit the data."""
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
+
+from batchnorm.checks.findings import Level
+from batchnorm.checks.probing import standardized_gap
+from batchnorm.checks.rules import Evidence, rule
+from batchnorm.checks.rules.state import untrained
+from batchnorm.checks.subject import Layer, Subject
+
+GAP = 0.25  # of the outputs' standard deviation
+DRIFT = 0.5  # √mean(shift² + (ln ratio)²) of a layer
+NOISE = 1.5  # times what two halves of the data show, or 3 times what chance does to the whole
+
+
+def stale(subject: Subject) -> float | None:
+    """The smallest gap that is reported, where the gap is above it."""
+    probe = subject.probe
+    if probe is None or probe.gap is None:
+        return None
+    floor = max(GAP, NOISE * (probe.noise or 0.0))
+    return floor if probe.gap > floor else None
+
+
+@rule(
+    "BN001",
+    "The running statistics are not those of the data.",
+    remedy="batchnorm.recalibrate(model, loader)  # training data, no labels",
+)
+def stale_statistics(subject: Subject) -> Iterator[Evidence]:
+    """The outputs move when the running statistics are replaced by those of the loader's data.
+
+    Measured on a few batches: √mean(difference²) of the outputs with the two kinds of statistics,
+    divided by the outputs' standard deviation. Reported from 0.25 on, where it is also 3 times what
+    chance does: between the two halves of these batches it does twice as much as between all of
+    them and the truth. Layers are ordered by the share of that gap
+    which replacing their statistics alone removes; what is told of each is its standardized gap,
+    √mean((μ − μ_running)² ÷ σ²_running + (ln σ ÷ σ_running)²). Behind it stand weights that moved
+    since, other data than in training, a momentum, or a bug. Where the loader gives labels and the
+    running statistics classify at least as well, as in a network that was trained with frozen ones,
+    it is a note.
+
+    In a training, where there are no two evaluations to compare, a layer is reported whose running
+    statistics are more than half a standard deviation (the same standardized gap) from the inputs of
+    the last steps that were looked at: the weights move faster than the average follows.
+    """
+    yield from _drifting(subject)
+    probe, floor = subject.probe, stale(subject)
+    if probe is None or floor is None:
+        return
+    right = probe.accuracy is not None and probe.accuracy[0] >= probe.accuracy[1]
+    level = Level.NOTE if right else None
+    scores = ""
+    if probe.accuracy is not None:
+        running, fresh = probe.accuracy
+        scores = (
+            f"; accuracy {running:.3f} with the running statistics, {fresh:.3f} with the data's"
+        )
+    text = f"the outputs move by {probe.gap:.2f} standard deviations (reported from {floor:.2f}){scores}"
+    numbers = {"gap": probe.gap, "noise": probe.noise, "accuracy": probe.accuracy}
+    yield Evidence("", text, numbers, level)
+    ranked = sorted(probe.shares.items(), key=lambda item: -item[1])
+    for layer, share in ranked[:5]:
+        apart = standardized_gap(layer, probe.fresh[layer])
+        if share >= 0.05:
+            text = f"replacing its statistics alone removes {share:.0%} of that; its own gap is {apart:.2f}"
+            yield Evidence(subject.names[layer], text, {"share": share, "gap": apart}, level)
+
+
+def _drifting(subject: Subject) -> Iterator[Evidence]:
+    seen = subject.training
+    if seen is None:
+        return
+    for name, layer in subject.tracking():
+        recent = seen.drift.get(layer)
+        if recent is None or subject.frozen(layer) or recent.count < 2:
+            continue
+        apart = standardized_gap(layer, recent)
+        if apart > DRIFT:
+            text = f"{apart:.2f} from the inputs of the last steps (reported from {DRIFT})"
+            yield Evidence(name, text, {"gap": apart})
+
+
+def initial_share(layer: Layer) -> float | None:
+    """(1 − momentum)^t: how much of the initial mean 0 and variance 1 is still in the average."""
+    counter, momentum = layer.num_batches_tracked, layer.momentum
+    if counter is None or is_lazy(counter) or momentum is None or not 0 < momentum < 1:
+        return None
+    return float((1 - momentum) ** int(counter))
+
+
+@rule(
+    "BN012",
+    "Too few batches: the initial mean 0 and variance 1 are still in the running statistics.",
+    remedy="batchnorm.recalibrate(model, loader)  # or train on before evaluating",
+)
+def too_few_updates(subject: Subject) -> Iterator[Evidence]:
+    """(1 − momentum)^t, the share of the initial values after t batches, is above 0.05.
+
+    With momentum 0.1 that is below 29 batches, with 0.01 below 299. Whoever recalibrates leaves the
+    count of the batches that were read, few and enough: so without a loader it is a note, and with
+    one it is reported where the data's statistics are really different (see BN001).
+    """
+    probe, seen = subject.probe, subject.training
+    if probe is not None and stale(subject) is None:
+        return
+    sure = probe is not None or (seen is not None and seen.steps > 0)
+    for name, layer in subject.tracking():
+        share = initial_share(layer)
+        if share is None or share <= 0.05 or untrained(layer) or subject.frozen(layer):
+            continue
+        count = int(layer.num_batches_tracked)
+        text = f"{count} batches at momentum {layer.momentum:g}: {share:.0%} is still the initial value"
+        yield Evidence(name, text, {"batches": count, "share": share}, None if sure else Level.NOTE)
+
+
+@rule(
+    "BN028",
+    "Averaged weights with statistics that were never taken for them.",
+    remedy="""
+    batchnorm.recalibrate(averaged, loader)  # after the last update_parameters; or, for an EMA,
+    averaged = AveragedModel(model, use_buffers=True)  # averages the statistics, too
+    """,
+)
+def averaged_without_statistics(subject: Subject) -> Iterator[Evidence]:
+    """An `AveragedModel` averages parameters, and by default leaves the buffers at the first copy's.
+
+    The statistics then belong to weights that are long gone. Found where `use_buffers` is False,
+    weights were averaged, and the counters stand where they stood; in a model with statistics that
+    were never trained, in any mode.
+    """
+    for path, module in subject.model.named_modules():
+        if not isinstance(module, AveragedModel) or module.use_buffers:
+            continue
+        if int(module.n_averaged) < 2:
+            continue
+        for name, layer in subject.tracking():
+            if name.startswith(f"{path}." if path else "") and _as_copied(layer):
+                text = f"{int(module.n_averaged)} averages, and use_buffers=False"
+                yield Evidence(name, text, {"averages": int(module.n_averaged)})
+
+
+def _as_copied(layer: nn.Module) -> bool:
+    """Nothing was counted in it, or it was and nobody recalibrated: the copy cannot tell."""
+    return untrained(layer)

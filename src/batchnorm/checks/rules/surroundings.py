@@ -1,0 +1,116 @@
+"""Rules about what a model is wrapped in, run on, and shipped as."""
+
+from collections.abc import Iterator
+
+from torch import distributed, nn
+
+from batchnorm.checks.findings import Level
+from batchnorm.checks.rules import Evidence, rule
+from batchnorm.checks.subject import Subject
+
+PER_SAMPLE = {"GradSampleModule", "DPDDP", "DifferentiallyPrivateDistributedDataParallel"}
+
+
+def _world() -> int:
+    ready = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if ready else 1
+
+
+@rule(
+    "BN025",
+    "Every device keeps statistics of its own.",
+    remedy="""
+    batchnorm.convert(model, to="sync")  # one statistic of all devices
+    model = DistributedDataParallel(model, broadcast_buffers=True)
+    """,
+)
+def statistics_of_one_device(subject: Subject) -> Iterator[Evidence]:
+    """DataParallel, or DistributedDataParallel without `broadcast_buffers`.
+
+    DataParallel keeps the statistics of the first device's part of the batch and throws the others'
+    away; DDP with `broadcast_buffers=False` leaves every process with its own, and which are saved
+    depends on who saves.
+    """
+    if not any(True for _ in subject.tracking()):
+        return
+    for path, module in subject.model.named_modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids or []) > 1:
+            yield Evidence(path, f"DataParallel on {len(module.device_ids)} devices")
+        if isinstance(module, nn.parallel.DistributedDataParallel) and not module.broadcast_buffers:
+            unsynced = [n for n, m in subject.tracking() if not isinstance(m, nn.SyncBatchNorm)]
+            if unsynced:
+                yield Evidence(
+                    path, f"broadcast_buffers=False with {len(unsynced)} unsynchronised norms"
+                )
+
+
+@rule(
+    "BN027",
+    "A synchronised norm with nobody to synchronise with.",
+    Level.NOTE,
+    remedy='batchnorm.convert(model, to="torch")',
+)
+def lonely_sync(subject: Subject) -> Iterator[Evidence]:
+    """SyncBatchNorm in a single process: it computes what BatchNorm does.
+
+    On a CPU with torch.distributed running, torch's raises in training: an error.
+    """
+    for name, layer in subject.layers.items():
+        if not isinstance(layer, nn.SyncBatchNorm):
+            continue
+        on_cpu = layer.running_mean is not None and layer.running_mean.device.type == "cpu"
+        if _world() > 1:
+            if on_cpu and layer.training:
+                text = "SyncBatchNorm on a CPU: torch's takes GPU tensors only"
+                yield Evidence(name, text, level=Level.ERROR)
+        else:
+            yield Evidence(name, "SyncBatchNorm in a single process")
+
+
+@rule(
+    "BN030",
+    "It cannot be folded into a neighbour.",
+    Level.NOTE,
+    remedy="print(batchnorm.changes(batchnorm.fold(model.eval(), inputs)))  # why, layer by layer",
+)
+def unfoldable(subject: Subject) -> Iterator[Evidence]:
+    """A norm whose neighbour feeds others too, is shared, or is called several times.
+
+    Tools that pair layers by their order fold it all the same, and the outputs change. `fold` leaves
+    it and says why; at deployment it costs its pass over the memory. A note.
+    """
+    for name, layer in subject.layers.items():
+        calls = subject.traced.calls.get(layer, [])
+        if not calls:
+            continue
+        sources = {call.source.module if call.source is not None else None for call in calls}
+        if len(calls) > 1 and sources != {None} and len(sources) > 1:
+            text = f"called {len(calls)} times, behind {len(sources)} layers"
+            yield Evidence(name, text, {"calls": len(calls)})
+        elif len(sources) == 1 and None not in sources:
+            (source,) = sources
+            uses = len(subject.traced.calls.get(source, [])) if source is not None else 0
+            if uses > len(calls):
+                text = f"the {type(source).__name__} before it is called {uses} times, the norm {len(calls)}"
+                yield Evidence(name, text, {"uses": uses})
+
+
+@rule(
+    "BN032",
+    "Batch norm where every sample has to stand for itself.",
+    Level.ERROR,
+    remedy="""
+    batchnorm.convert(model, to="group")  # before the privacy engine takes the model
+    """,
+)
+def per_sample_gradients(subject: Subject) -> Iterator[Evidence]:
+    """A wrapper that takes gradients per sample (differential privacy) around batch norm.
+
+    A sample's output depends on the others', so that its gradient is not its own, and the bound that
+    privacy rests on does not hold.
+    """
+    for path, module in subject.model.named_modules():
+        if type(module).__name__ in PER_SAMPLE:
+            for name, layer in subject.layers.items():
+                if not subject.frozen(layer):
+                    yield Evidence(name, f"inside {type(module).__name__} ({path or 'the model'})")

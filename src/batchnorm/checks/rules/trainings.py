@@ -1,0 +1,294 @@
+"""Rules about how a model is trained: the graph around its norms, the optimizer, the steps."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from batchnorm.checks.findings import Level
+from batchnorm.checks.rules import Evidence, rule
+from batchnorm.checks.subject import Layer, Subject, parameters_of
+from batchnorm.model.tracing import Call
+
+ACTIVATIONS = (
+    nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
+    nn.Sigmoid, nn.Tanh, nn.Softplus, nn.PReLU,
+)  # fmt: skip
+FUNCTIONS = {"relu", "relu_", "leaky_relu", "gelu", "silu", "sigmoid", "tanh", "hardswish", "elu"}
+
+
+@rule(
+    "BN005",
+    "Running statistics moved by passes without gradients.",
+    needs=("training",),
+    remedy="""
+    with batchnorm.no_update(model), torch.no_grad():  # or model.eval()
+        model(x)
+    """,
+)
+def moved_without_gradients(subject: Subject) -> Iterator[Evidence]:
+    """A pass under `torch.no_grad()` in training mode updates the running statistics as any other.
+
+    A validation loss, a teacher, a generator's samples for the discriminator's step: the average then
+    holds data that was never trained on. Where those passes are of the same kind as the others (a
+    generator fed with noise), nothing is lost: a note, unless they are more than the others.
+    """
+    seen = subject.training
+    if seen is None or not seen.steps:
+        return
+    evaluated = seen.forwards[False, False] + seen.forwards[False, True]
+    if not evaluated and seen.forwards[True, False] > 1 and not _interleaved(subject):
+        return  # BN002 says it
+    for layer, calls in seen.calls.items():
+        without, with_gradients = calls[True, False], calls[True, True]
+        if without and layer in subject.names and getattr(layer, "track_running_stats", False):
+            level = Level.NOTE if without <= with_gradients else None
+            text = f"{without} calls in training mode without gradients, {with_gradients} with"
+            yield Evidence(
+                subject.names[layer], text, {"without": without, "with": with_gradients}, level
+            )
+
+
+def _interleaved(subject: Subject) -> bool:
+    """Passes without gradients belong to the steps, as in a GAN, and not to an evaluation."""
+    seen = subject.training
+    return seen is not None and seen.forwards[True, False] >= seen.steps
+
+
+def _drop_bias(subject: Subject, name: str) -> str:
+    before = _dead_bias_of(subject, subject.layers[name])
+    if before is None:
+        return f"{name}: no bias before it any more"
+    layer = subject.layers[name]
+    bias = before.bias
+    # running_mean is the mean of what comes in: without the bias it is smaller by it
+    if layer.running_mean is not None:
+        layer.running_mean.sub_(bias.detach().to(layer.running_mean.dtype))
+    before.register_parameter("bias", None)
+    for optimizer in subject.optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p is not bias]
+        optimizer.state.pop(bias, None)
+    return f"{name}: the bias before it is gone, and out of its running mean"
+
+
+def _dead_bias_of(subject: Subject, layer: Layer) -> Any:
+    """The convolution or linear layer right before it, if it has a bias and feeds it alone."""
+    calls = subject.traced.calls.get(layer, [])
+    sources = {call.source.module for call in calls if call.source is not None}
+    if len(calls) != 1 or len(sources) != 1 or subject.frozen(layer):
+        return None
+    (source,) = sources
+    if not isinstance(source, _ConvNd | nn.Linear) or source.bias is None:
+        return None
+    if isinstance(source, nn.Linear) and any(len(c.shape) != 2 for c in subject.calls(layer)):
+        return None  # its features are the last axis, the norm's channels axis 1
+    if isinstance(source, nn.Linear) and not subject.calls(layer):
+        return None
+    alone = len(subject.traced.calls[source]) == 1
+    channels = getattr(source, "out_channels", getattr(source, "out_features", None))
+    return source if alone and channels == layer.num_features else None
+
+
+@rule(
+    "BN014",
+    "A bias that the norm behind it takes away again.",
+    Level.NOTE,
+    remedy="torch.nn.Conv2d(channels_in, channels_out, 3, bias=False)",
+    mend=_drop_bias,
+)
+def dead_bias(subject: Subject) -> Iterator[Evidence]:
+    """A convolution or linear layer with a bias right before batch norm.
+
+    Its mean is subtracted, so the bias changes nothing in training and its gradient is 0; the norm
+    has a bias of its own. It costs memory and a little time. VGG-BN has them: a note.
+    """
+    for name, layer in subject.layers.items():
+        source = _dead_bias_of(subject, layer)
+        if source is not None:
+            yield Evidence(name, f"a {type(source).__name__} with a bias before it")
+
+
+@rule(
+    "BN016",
+    "Activation checkpointing updates the running statistics twice.",
+    remedy="""
+    # torch.utils.checkpoint runs the forward pass again in backward, and the average moves again:
+    layer.momentum = 1 - (1 - layer.momentum) ** 0.5  # two updates make one
+    """,
+)
+def checkpointed(subject: Subject) -> Iterator[Evidence]:
+    """The layer runs inside `torch.utils.checkpoint`, whose recomputation counts the batch again.
+
+    running ← 0.9² · running + (1 − 0.9²) · batch: the half-life is half of what it was meant to be,
+    and `momentum=None` still averages, but counts double. Seen by the recomputation itself in a
+    training, or, by `check`, by the call stack of a pass with gradients.
+    """
+    seen = subject.training
+    for name, layer in subject.tracking():
+        if subject.frozen(layer) or not layer.track_running_stats or layer.momentum == 0:
+            continue
+        again = seen.recomputed[layer] if seen is not None else 0
+        if again:
+            text = f"{again} calls were recomputed in a backward pass"
+            yield Evidence(name, text, {"recomputed": again})
+        elif any(call.checkpointed for call in subject.calls(layer)):
+            yield Evidence(name, "it is called inside torch.utils.checkpoint")
+
+
+@rule(
+    "BN017",
+    "Gradient accumulation: each small batch is normalized by itself.",
+    Level.NOTE,
+    needs=("training",),
+    remedy="""
+    batchnorm.freeze(model)  # for fine-tuning: no statistics of small batches
+    batchnorm.convert(model, to="group")  # or statistics of each sample
+    """,
+)
+def accumulation(subject: Subject) -> Iterator[Evidence]:
+    """Several passes with gradients to one step of the optimizer.
+
+    The gradients are those of k small batches, each with its own statistics, and not those of the
+    one large batch that they stand for. A warning where the small batches have fewer than 16 values
+    per channel (see BN007), else a note.
+    """
+    seen = subject.training
+    if seen is None or not seen.steps:
+        return
+    passes = seen.forwards[True, True] / seen.steps
+    if passes < 1.5:
+        return
+    least = min(seen.smallest.values(), default=0)
+    level = Level.WARNING if 0 < least < 16 else None
+    text = f"{passes:.1f} passes with gradients a step; the smallest norm sees {least} values"
+    yield Evidence("", text, {"passes": passes, "values": least}, level)
+
+
+def _no_decay(subject: Subject, name: str) -> str:
+    layer = subject.layers[name]
+    own = {id(p) for p in (layer.weight, layer.bias) if p is not None}
+    for optimizer in subject.optimizers:
+        for group in list(optimizer.param_groups):
+            mine = [p for p in group["params"] if id(p) in own]
+            if mine and group.get("weight_decay"):
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+                options = {key: value for key, value in group.items() if key != "params"}
+                optimizer.param_groups.append({**options, "params": mine, "weight_decay": 0.0})
+    return f"{name}: weight and bias do not decay any more"
+
+
+@rule(
+    "BN023",
+    "Weight decay on a norm's weight and bias.",
+    Level.NOTE,
+    needs=("optimizer",),
+    remedy="optimizer = SGD(batchnorm.param_groups(model, weight_decay=1e-4), lr=0.1)",
+    mend=_no_decay,
+)
+def weight_decay(subject: Subject) -> Iterator[Evidence]:
+    """The optimizer pulls the norm's weight and bias to 0.
+
+    Before batch norm decay changes only the effective learning rate; on the norm itself it shrinks
+    the network's scale and moves its thresholds. Most published models do it, some gain a few tenths
+    of a per cent without: a note.
+    """
+    decaying = {
+        id(p): group["weight_decay"]
+        for p, group in parameters_of(subject.optimizers)
+        if group.get("weight_decay")
+    }
+    for name, layer in subject.layers.items():
+        found = [decaying[id(p)] for p in (layer.weight, layer.bias) if id(p) in decaying]
+        if found:
+            yield Evidence(name, f"weight_decay={found[0]:g}", {"weight_decay": found[0]})
+
+
+@rule(
+    "BN029",
+    "A norm whose weight and bias the optimizer does not hold.",
+    needs=("optimizer",),
+    remedy="optimizer = SGD(model.parameters(), lr=0.1)  # made after the model was changed",
+)
+def not_in_the_optimizer(subject: Subject) -> Iterator[Evidence]:
+    """Weight and bias take gradients, and no group of the optimizer has them.
+
+    They were replaced after the optimizer was made (a conversion that copies, `model.norm = …`, a
+    move that makes new parameters), or forgotten. Not reported where the optimizer holds nothing of
+    the model (it trains something else), and a note where it holds norms of other names: somebody
+    chose.
+    """
+    held = {id(p) for p, _ in parameters_of(subject.optimizers)}
+    mine = {id(p) for p in subject.model.parameters()}
+    if not subject.optimizers or not held:
+        return
+    strange = held - mine
+    for name, layer in subject.layers.items():
+        own = [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+        if own and not any(id(p) in held for p in own):
+            level = None if strange else Level.NOTE
+            text = "weight and bias take gradients and are in no group"
+            if strange:
+                text += f"; {len(strange)} tensors of the optimizer are not the model's"
+            yield Evidence(name, text, {"strange": len(strange)}, level)
+
+
+@rule(
+    "BN024",
+    "Dropout feeds a norm.",
+    remedy="x = dropout(relu(norm(conv(x))))  # dropout behind the last norm",
+)
+def dropout_before(subject: Subject) -> Iterator[Evidence]:
+    """Dropout, then at most one linear layer or convolution, then batch norm.
+
+    In training dropout raises the variance of what comes in by 1 ÷ (1 − p) for values around 0; in
+    evaluation it is off, and the running variance, taken in training, is too large (Li et al. 2019,
+    "variance shift"). Reported from p = 0.1 on: 10% of the variance.
+    """
+    for name, layer in subject.layers.items():
+        if subject.frozen(layer):
+            continue
+        for call in subject.traced.calls.get(layer, []):
+            p = _dropped(subject, call)
+            if p >= 0.1:
+                yield Evidence(name, f"dropout of {p:g} before it (reported from 0.1)", {"p": p})
+                break
+
+
+def _dropped(subject: Subject, call: Call) -> float:
+    """The probability of the dropout before a call, through one linear layer or convolution."""
+    modules = dict(subject.model.named_modules())
+    for before in (call.before, _before(call)):
+        module = modules.get(before)
+        if isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
+            return float(module.p)
+    return 0.0
+
+
+def _before(call: Call) -> str:
+    source = call.source
+    return (
+        source.before
+        if source is not None and isinstance(source.module, _ConvNd | nn.Linear)
+        else ""
+    )
+
+
+@rule(
+    "BN034",
+    "An activation before the norm.",
+    Level.NOTE,
+    remedy="x = relu(norm(conv(x)))  # the paper's order",
+)
+def activation_before(subject: Subject) -> Iterator[Evidence]:
+    """The norm stands behind an activation; Ioffe and Szegedy put it before.
+
+    Both orders train; which is better depends on the network. A note.
+    """
+    modules = dict(subject.model.named_modules())
+    for name, layer in subject.layers.items():
+        for call in subject.traced.calls.get(layer, []):
+            if isinstance(modules.get(call.before), ACTIVATIONS) or call.before in FUNCTIONS:
+                yield Evidence(name, f"{call.before} before it")
+                break

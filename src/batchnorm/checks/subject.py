@@ -1,0 +1,140 @@
+"""What the rules look at: a model, what stands around it, and what a few batches or a training showed."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.model.discovery import batch_norms, constant_norms
+from batchnorm.model.freezing import Frozen
+from batchnorm.model.recalibration import Moments
+from batchnorm.model.tracing import Traced, trace
+
+# Any: torch types no attribute of a module, and a layer here is one with running statistics
+Layer: TypeAlias = Any
+
+
+@dataclass
+class Seen:
+    """One call of a layer: what went in."""
+
+    shape: tuple[int, ...]
+    mean: Tensor | None = None  # (C,), of the batch, float64
+    var_biased: Tensor | None = None
+    padding: float | None = None  # share of trailing steps that are constant, in (N, C, L)
+    checkpointed: bool = False  # inside torch.utils.checkpoint
+
+    @property
+    def values(self) -> int:
+        """Per channel."""
+        count = self.shape[0]
+        for size in self.shape[2:]:
+            count *= size
+        return count
+
+
+@dataclass
+class Probe:
+    """What a few batches showed, in evaluation mode with the running statistics."""
+
+    batches: int = 0
+    samples: int = 0
+    batch_size: int = 0  # the largest
+    calls: dict[Layer, list[list[Seen]]] = field(default_factory=dict)  # a list a batch
+    fresh: dict[Layer, Moments] = field(default_factory=dict)  # the statistics of these batches
+    gap: float | None = None  # √mean(running's outputs − fresh's)² ÷ their standard deviation
+    noise: float | None = None  # the same between two halves of the batches
+    shares: dict[Layer, float] = field(default_factory=dict)  # of the gap, removed by this layer's
+    accuracy: tuple[float, float] | None = None  # with running and with fresh statistics
+    alone: float | None = None  # how far a sample's output moves with the others of its batch
+
+
+@dataclass
+class Loading:
+    """What a loader tells without being read."""
+
+    batch_size: int | None = None
+    last_batch: int | None = None  # None: dropped, or not known
+
+
+@dataclass
+class Training:
+    """What was seen of a training while it ran."""
+
+    steps: int = 0  # of the optimizers that hold one of the model's parameters
+    forwards: Counter[tuple[bool, bool]] = field(default_factory=Counter)  # (training, gradients)
+    calls: dict[Layer, Counter[tuple[bool, bool]]] = field(default_factory=dict)
+    recomputed: Counter[Layer] = field(default_factory=Counter)
+    smallest: dict[Layer, int] = field(default_factory=dict)  # values per channel, in training
+    thawed: set[Layer] = field(default_factory=set)  # in evaluation mode at one step, later not
+    drift: dict[Layer, Moments] = field(default_factory=dict)  # of the last sampled batches
+
+
+@dataclass
+class Subject:
+    """Everything that a rule may ask."""
+
+    model: nn.Module
+    optimizers: list[Any] = field(default_factory=list)
+    loading: Loading | None = None
+    probe: Probe | None = None
+    training: Training | None = None
+
+    def __post_init__(self) -> None:
+        self.layers: dict[str, Layer] = dict(batch_norms(self.model))
+        self.constants = constant_norms(self.model)
+        self.names = {layer: name for name, layer in self.layers.items()}
+        self._traced: Traced | None = None
+
+    @property
+    def traced(self) -> Traced:
+        """The graph, traced when the first rule asks."""
+        if self._traced is None:
+            self._traced = trace(self.model)
+        return self._traced
+
+    def tracking(self) -> Iterator[tuple[str, Layer]]:
+        """The layers that keep running statistics."""
+        for name, layer in self.layers.items():
+            if layer.running_mean is not None and layer.running_var is not None:
+                yield name, layer
+
+    def frozen(self, layer: Layer) -> bool:
+        """It uses its running statistics and leaves them alone, on purpose."""
+        return isinstance(layer, Frozen) or (self.model.training and not layer.training)
+
+    def calls(self, layer: Layer) -> list[Seen]:
+        """Of all batches."""
+        if self.probe is None:
+            return []
+        return [seen for batch in self.probe.calls.get(layer, []) for seen in batch]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """One of torch's batch-norm layers or a subclass."""
+    return isinstance(module, _BatchNorm)
+
+
+def loading_of(loader: Any) -> Loading | None:
+    """Of a DataLoader, or of a list of batches."""
+    batch_size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    if not isinstance(batch_size, int) or sampler is None:
+        return None
+    try:
+        total = len(sampler)
+    except (TypeError, NotImplementedError):  # an iterable data set has no length
+        return Loading(batch_size)
+    rest = total % batch_size
+    dropped = bool(getattr(loader, "drop_last", False))
+    return Loading(batch_size, None if dropped else rest or min(batch_size, total))
+
+
+def parameters_of(optimizers: Iterable[Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Each parameter with its group."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter, group
