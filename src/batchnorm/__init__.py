@@ -1,8 +1,10 @@
 """Batch normalization in PyTorch: the layer, what a model needs because of it, a laboratory.
 
-`import batchnorm` loads the layer and the tools for whole models; the laboratory (`compare`) loads when it is first used.
+`import batchnorm` loads the layer and the tools for whole models; the checks (`check`, `watch`) and the
+laboratory (`compare`) load when they are first used.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.errors import BatchNormError
@@ -19,6 +21,9 @@ from batchnorm.model.parameters import param_groups
 from batchnorm.model.recalibration import recalibrate
 
 if TYPE_CHECKING:
+    from batchnorm.checks.checking import check
+    from batchnorm.checks.findings import Finding, Findings
+    from batchnorm.checks.watching import watch
     from batchnorm.comparison import compare
 
 __version__ = "0.1.0.dev0"
@@ -30,9 +35,12 @@ __all__ = [
     "BatchNormError",
     "Change",
     "Changes",
+    "Finding",
+    "Findings",
     "backend",
     "batch_norm",
     "changes",
+    "check",
     "compare",
     "convert",
     "fold",
@@ -44,17 +52,26 @@ __all__ = [
     "recalibrate",
     "summary",
     "unfreeze",
+    "watch",
 ]
 
 
+_LATER = {  # loaded when first used
+    "check": "batchnorm.checks.checking",
+    "watch": "batchnorm.checks.watching",
+    "Finding": "batchnorm.checks.findings",
+    "Findings": "batchnorm.checks.findings",
+    "compare": "batchnorm.comparison",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "compare":
-        try:
-            from batchnorm.comparison import compare  # noqa: PLC0415  # loads the laboratory
-        except ModuleNotFoundError as missing:
-            raise ModuleNotFoundError(
-                f"batchnorm.compare needs {missing.name}. Install it: pip install 'batchnorm[lab]'",
-                name=missing.name,
-            ) from missing
-        return compare
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(
+            f"batchnorm.{name} needs {missing.name}. Install it: pip install 'batchnorm[lab]'",
+            name=missing.name,
+        ) from missing

@@ -66,6 +66,7 @@ class Training:
 
     steps: int = 0  # of the optimizers that hold one of the model's parameters
     forwards: Counter[tuple[bool, bool]] = field(default_factory=Counter)  # (training, gradients)
+    # (its statistics were updated, gradients)
     calls: dict[Layer, Counter[tuple[bool, bool]]] = field(default_factory=dict)
     recomputed: Counter[Layer] = field(default_factory=Counter)
     smallest: dict[Layer, int] = field(default_factory=dict)  # values per channel, in training

@@ -148,7 +148,7 @@ class _Root:
         calls = seen.calls.get(layer)
         if calls is None:
             calls = seen.calls[layer] = Counter()
-        calls[training, torch.is_grad_enabled()] += 1
+        calls[training and layer.track_running_stats, torch.is_grad_enabled()] += 1
         if not training or not isinstance(x, Tensor) or x.dim() < 2 or not torch.is_grad_enabled():
             return
         values = x.numel() // max(x.shape[1], 1)

@@ -154,19 +154,17 @@ def odd_eps(subject: Subject) -> Iterator[Evidence]:
 
 
 def _to_float(subject: Subject, name: str) -> str:
-    layer = subject.layers[name]
-    layer.running_mean, layer.running_var = layer.running_mean.float(), layer.running_var.float()
-    return f"{name}: the running statistics are float32 now"
+    subject.layers[name].float()  # torch takes half-precision inputs with it; Parameters stay
+    return f"{name}: statistics, weight and bias are float32 now"
 
 
 @rule(
     "BN020",
     "Running statistics in half precision.",
     remedy="""
-    for name, buffer in layer.named_buffers():
-        if buffer.is_floating_point():
-            setattr(layer, name, buffer.float())  # or keep norms in float32 under autocast
+    layer.float()  # its input may stay in half precision; or use autocast in place of .half()
     """,
+    mend=_to_float,
 )
 def half_precision(subject: Subject) -> Iterator[Evidence]:
     """bfloat16 keeps 8 bits, float16 11: an average that moves by a tenth gets stuck.
@@ -197,7 +195,7 @@ def dead_channels(subject: Subject) -> Iterator[Evidence]:
     begins.
     """
     for name, layer in _known(subject):
-        dead = layer.running_var < layer.eps / 1000
+        dead = (layer.running_var >= 0) & (layer.running_var < layer.eps / 1000)
         if layer.weight is not None and bool(layer.weight.any()):
             dead = dead | (layer.weight == 0)
         if count := int(dead.sum()):
@@ -268,10 +266,7 @@ def training_while_evaluated(subject: Subject) -> Iterator[Evidence]:
 
 def _moved_without_gradients(subject: Subject) -> bool:
     assert subject.training is not None  # noqa: S101  # for the type checker
-    return any(
-        calls[True, False] and layer.track_running_stats
-        for layer, calls in subject.training.calls.items()
-    )
+    return any(calls[True, False] for calls in subject.training.calls.values())
 
 
 def _freeze(subject: Subject, name: str) -> str:

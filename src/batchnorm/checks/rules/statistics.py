@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
@@ -42,7 +42,7 @@ def stale_statistics(subject: Subject) -> Iterator[Evidence]:
     √mean((μ − μ_running)² ÷ σ²_running + (ln σ ÷ σ_running)²). Behind it stand weights that moved
     since, other data than in training, a momentum, or a bug. Where the loader gives labels and the
     running statistics classify at least as well, as in a network that was trained with frozen ones,
-    it is a note.
+    it is a note; so it is in a new model in training mode, which is about to be trained.
 
     In a training, where there are no two evaluations to compare, a layer is reported whose running
     statistics are more than half a standard deviation (the same standardized gap) from the inputs of
@@ -53,7 +53,8 @@ def stale_statistics(subject: Subject) -> Iterator[Evidence]:
     if probe is None or floor is None:
         return
     right = probe.accuracy is not None and probe.accuracy[0] >= probe.accuracy[1]
-    level = Level.NOTE if right else None
+    new = subject.model.training and any(untrained(layer) for _, layer in subject.tracking())
+    level = Level.NOTE if right or new else None
     scores = ""
     if probe.accuracy is not None:
         running, fresh = probe.accuracy
@@ -120,30 +121,28 @@ def too_few_updates(subject: Subject) -> Iterator[Evidence]:
 
 @rule(
     "BN028",
-    "Averaged weights with statistics that were never taken for them.",
+    "Averaged weights with the statistics of other weights.",
     remedy="""
     batchnorm.recalibrate(averaged, loader)  # after the last update_parameters; or, for an EMA,
     averaged = AveragedModel(model, use_buffers=True)  # averages the statistics, too
     """,
 )
 def averaged_without_statistics(subject: Subject) -> Iterator[Evidence]:
-    """An `AveragedModel` averages parameters, and by default leaves the buffers at the first copy's.
+    """An `AveragedModel` averages parameters and, by default, copies the buffers of the last model.
 
-    The statistics then belong to weights that are long gone. Found where `use_buffers` is False,
-    weights were averaged, and the counters stand where they stood; in a model with statistics that
-    were never trained, in any mode.
+    The statistics then belong to the last weights and not to the average. Found where `use_buffers`
+    is False and weights were averaged. Whether somebody recalibrated since cannot be seen: without a
+    loader it is a note, and with one it is reported where the data's statistics are really different
+    (see BN001).
     """
+    if subject.probe is not None and stale(subject) is None:
+        return
+    level = Level.NOTE if subject.probe is None else None
     for path, module in subject.model.named_modules():
-        if not isinstance(module, AveragedModel) or module.use_buffers:
-            continue
-        if int(module.n_averaged) < 2:
-            continue
-        for name, layer in subject.tracking():
-            if name.startswith(f"{path}." if path else "") and _as_copied(layer):
-                text = f"{int(module.n_averaged)} averages, and use_buffers=False"
-                yield Evidence(name, text, {"averages": int(module.n_averaged)})
-
-
-def _as_copied(layer: nn.Module) -> bool:
-    """Nothing was counted in it, or it was and nobody recalibrated: the copy cannot tell."""
-    return untrained(layer)
+        if isinstance(module, AveragedModel) and not module.use_buffers and module.n_averaged > 1:
+            inside = any(isinstance(m, _BatchNorm) for m in module.modules())
+            if inside and any(True for _ in subject.tracking()):
+                count = int(module.n_averaged)
+                yield Evidence(
+                    path, f"{count} averages, use_buffers=False", {"averages": count}, level
+                )

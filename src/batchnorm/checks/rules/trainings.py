@@ -42,7 +42,7 @@ def moved_without_gradients(subject: Subject) -> Iterator[Evidence]:
         return  # BN002 says it
     for layer, calls in seen.calls.items():
         without, with_gradients = calls[True, False], calls[True, True]
-        if without and layer in subject.names and getattr(layer, "track_running_stats", False):
+        if without and layer in subject.names:
             level = Level.NOTE if without <= with_gradients else None
             text = f"{without} calls in training mode without gradients, {with_gradients} with"
             yield Evidence(

@@ -1,0 +1,523 @@
+"""check and watch: every rule finds its fault, says nothing of its twin, and leaves no trace."""
+
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from typer.testing import CliRunner
+
+import batchnorm
+from batchnorm import BatchNormError
+from batchnorm.checks import rules as registry
+from batchnorm.checks.findings import Level
+from batchnorm.cli import app
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_rules():
+    """benchmarks/rules.py."""
+    spec = importlib.util.spec_from_file_location("rule_cases", ROOT / "benchmarks" / "rules.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["rule_cases"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+cases = load_rules()
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.rule)
+def test_each_rule_finds_its_fault_and_is_silent_on_its_twin_and_after_the_remedy(case):
+    result = cases.examine(case)
+    assert result.holds(case), result
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.rule)
+def test_a_healthy_twin_gives_no_other_finding(case):
+    if case.level is Level.NOTE:
+        return  # its twin may have faults of other kinds, as it is in training mode
+    torch.manual_seed(0)
+    twin = case.healthy()
+    if twin.train is None:
+        found = batchnorm.check(twin.model, twin.loader, twin.optimizer)
+        assert not found, found
+
+
+def test_every_rule_has_a_case_and_a_page():
+    rules = registry.all_rules()
+    assert {case.rule for case in cases.CASES} == set(rules) - {"BN026"}
+    for identifier, rule in rules.items():
+        assert rule.title.endswith(".")
+        assert len(rule.explanation) > 100, identifier
+        compile(rule.remedy, identifier, "exec")
+        assert f"## {identifier}\n" in (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+
+
+def test_docs_are_those_of_the_rules():
+    page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+    for rule in registry.all_rules().values():
+        assert rule.explanation in page, rule.identifier
+        assert rule.remedy in page
+
+
+class TestTheModelComesBack:
+    @pytest.fixture
+    def model(self):
+        torch.manual_seed(0)
+        model = torchvision.models.mobilenet_v3_small(weights=None).train()
+        model.features[0][1].eval()
+        return model
+
+    def snapshot(self, model):
+        return (
+            copy.deepcopy(model.state_dict()),
+            [m.training for m in model.modules()],
+            [p.requires_grad for p in model.parameters()],
+            [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+            [p.grad for p in model.parameters()],
+            torch.random.get_rng_state(),
+        )
+
+    def same(self, before, after):
+        torch.testing.assert_close(before[0], after[0], rtol=0, atol=0)
+        assert before[1:5] == after[1:5]
+        assert torch.equal(before[5], after[5])
+
+    def test_bit_for_bit(self, model):
+        data = [torch.randn(4, 3, 32, 32, generator=torch.Generator()) for _ in range(2)]
+        before = self.snapshot(model)
+        batchnorm.check(model, data, torch.optim.SGD(model.parameters(), lr=0.1), level="note")
+        self.same(before, self.snapshot(model))
+
+    @pytest.mark.parametrize("error", [ValueError("the disk"), KeyboardInterrupt()])
+    def test_also_when_the_loader_raises(self, model, error):
+        def loader():
+            yield torch.randn(4, 3, 32, 32, generator=torch.Generator())
+            raise error
+
+        before = self.snapshot(model)
+        if isinstance(error, ValueError):
+            found = batchnorm.check(model, loader())
+            assert "ValueError: the disk" in str(found.skipped)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                batchnorm.check(model, loader())
+        self.same(before, self.snapshot(model))
+
+    def test_also_when_the_model_raises(self, model):
+        before = self.snapshot(model)
+        found = batchnorm.check(model, [torch.randn(4, 5, 32, 32, generator=torch.Generator())])
+        assert "a batch could not be passed" in str(found.skipped)
+        self.same(before, self.snapshot(model))
+
+
+def test_the_layer_that_explains_the_gap_is_named_first():
+    model = cases.network()
+    model[4].running_mean += 2
+    found = batchnorm.check(model, cases.loader(), select=["BN001"])
+    whole, first, *rest = found
+    assert whole.layer == ""
+    assert first.layer == "4"
+    assert first.numbers["share"] == pytest.approx(1, abs=1e-3)
+    assert not rest
+
+
+def test_statistics_that_classify_better_than_the_data_s_are_a_note():
+    """As a network that was trained with frozen statistics."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(2, affine=False), nn.Linear(2, 2)).eval()
+    x = torch.randn(64, 2, 1, 1) + 3
+    x[:, 0] += 4 * (torch.arange(64) % 2)[:, None, None]
+    model[2].weight.data = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+    model[2].bias.data = torch.tensor([5.0, -5.0])  # right with running mean 0 and variance 1
+    model[1].num_batches_tracked.fill_(1000)
+    loader = list(zip(x.split(32), (torch.arange(64) % 2).split(32), strict=True))
+    assert not batchnorm.check(model, loader, select=["BN001"])
+    (finding, *_) = batchnorm.check(model, loader, select=["BN001"], level="note")
+    assert finding.level is Level.NOTE
+    assert finding.numbers["accuracy"][0] > finding.numbers["accuracy"][1]
+
+
+class TestKindsOfModels:
+    def test_no_norm(self):
+        found = batchnorm.check(nn.Linear(2, 2), [torch.randn(4, 2)])
+        assert not found
+        assert "nothing found" in str(found)
+
+    def test_lazy(self):
+        model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), batchnorm.BatchNorm())
+        batchnorm.check(model)
+        batchnorm.check(model, [torch.randn(4, 3, 8, 8)])
+
+    def test_scripted(self):
+        with pytest.warns(FutureWarning, match="torch.jit.script"):
+            model = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
+        batchnorm.check(model, [torch.randn(4, 3, 8, 8)])
+
+    def test_compiled(self):
+        model = torch.compile(cases.network(), backend="eager")
+        assert not batchnorm.check(model, cases.loader())
+
+    def test_dicts(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = nn.BatchNorm2d(3)
+
+            def forward(self, image):
+                return {"scores": self.norm(image).mean((2, 3))}
+
+        model = Model().eval()
+        data = [{"image": x, "name": "a"} for x in cases.images().split(16)]
+        found = batchnorm.check(model, data)
+        assert {f.rule for f in found} == {"BN009"}
+        assert "BN021" in found.checked  # a rule that needs batches
+
+    def test_frozen(self):
+        model = batchnorm.freeze(cases.network()).train()
+        assert not batchnorm.check(model, cases.loader())
+
+    def test_a_model_that_asks_who_calls(self):
+        found = batchnorm.check(torchvision.models.detection.ssdlite320_mobilenet_v3_large(
+            weights=None, weights_backbone=None), level="error")  # fmt: skip
+        assert not found
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm mobilenetv3_small_050", "timm repvgg_a0"])
+def test_healthy_models_of_others_give_nothing(name):
+    torch.manual_seed(0)
+    if name.startswith("timm"):
+        model = timm.create_model(name.split()[1])
+    else:
+        model = torchvision.models.get_model(name, weights=None)
+    model = cases.trained(model, [cases.images(24, 64, seed) for seed in range(2)])
+    data = [cases.images(24, 64, seed) for seed in range(2)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4)
+    for mode in (False, True):
+        found = batchnorm.check(model.train(mode), data, optimizer)
+        assert not found, found
+
+
+class TestChoice:
+    def test_levels(self):
+        model = nn.Sequential(nn.BatchNorm2d(4)).train()
+        assert not batchnorm.check(model)
+        found = batchnorm.check(model, level="note")
+        assert {f.rule for f in found} == {"BN009"}
+        assert found.worst is Level.NOTE
+
+    def test_select_and_ignore(self):
+        model = cases.network()
+        model[1].momentum = 0.99
+        model[1].running_var.fill_(-1)
+        assert [f.rule for f in batchnorm.check(model)] == ["BN008", "BN011"]
+        assert [f.rule for f in batchnorm.check(model, select="BN011")] == ["BN011"]
+        assert [f.rule for f in batchnorm.check(model, ignore=["BN011"])] == ["BN008"]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"level": "high"}, "there are note, warning, error"),
+            ({"select": ["BN999"]}, "there is no rule 'BN999'"),
+            ({"ignore": ["X"]}, "there is no rule 'X'"),
+        ],
+    )
+    def test_what_is_not_there_is_said(self, options, message):
+        with pytest.raises(BatchNormError, match=message):
+            batchnorm.check(nn.BatchNorm2d(3), **options)
+
+    def test_not_a_model(self):
+        with pytest.raises(BatchNormError, match=r"got a dict and wants a torch\.nn\.Module"):
+            batchnorm.check({})
+
+    def test_another_package_adds_rules(self, monkeypatch, tmp_path):
+        (tmp_path / "theirs.py").write_text(
+            "from batchnorm.checks.rules import Evidence, rule\n"
+            "@rule('XY001', 'Too many channels.', remedy='pass')\n"
+            "def too_many(subject):\n"
+            "    '''More than two.'''\n"
+            "    for name, layer in subject.layers.items():\n"
+            "        if layer.num_features > 2:\n"
+            "            yield Evidence(name, f'{layer.num_features} channels')\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        entry = EntryPoint("theirs", "theirs", registry.GROUP)
+        monkeypatch.setattr(
+            registry, "entry_points", lambda group: [entry] * (group == registry.GROUP)
+        )
+        monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+        registry._load.cache_clear()
+        try:
+            (found,) = batchnorm.check(nn.BatchNorm2d(3), select="XY")
+            assert found.evidence == "3 channels"
+        finally:
+            registry._load.cache_clear()
+
+    def test_a_rule_that_raises_is_told_and_the_others_go_on(self, monkeypatch):
+        monkeypatch.setattr(registry, "_RULES", dict(registry.all_rules()))
+
+        @registry.rule("BN900", "Broken.", remedy="pass")
+        def broken(subject):
+            """It raises."""
+            yield subject.there_is_none
+
+        found = batchnorm.check(cases.network())
+        assert "could not be checked: AttributeError" in found.skipped["BN900"]
+        assert "BN011" in found.checked
+
+        with pytest.raises(BatchNormError, match="the rule BN900 is there already"):
+
+            @registry.rule("BN900", "Another.", remedy="pass")
+            def another(_subject):
+                """It is another."""
+                yield from ()
+
+
+def test_fix_mends_and_says_what_it_did():
+    model = cases.network()
+    model[1].momentum = 0.99
+    model[4].running_var.fill_(-1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-2)
+    found = batchnorm.check(model, cases.loader(), optimizer, level="note", fix=True)
+    assert model[1].momentum == pytest.approx(0.01)
+    assert (model[4].running_var > 0).all()
+    assert any("BN023 1: weight and bias do not decay" in line for line in found.fixed)
+    assert any("recalibrated" in line for line in found.fixed)
+    assert {f.rule for f in found} <= {"BN034"}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()}
+    assert len(held) == len(list(model.parameters()))
+
+
+def test_a_dead_bias_leaves_the_outputs_as_they_were():
+    model = cases.trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    x = cases.images()
+    expected = {mode: model.train(mode)(x) for mode in (False, True)}
+    model = cases.trained(model)
+    expected = model.eval()(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = batchnorm.check(model, None, optimizer, level="note", fix=True)
+    assert any("the bias before it is gone" in line for line in found.fixed)
+    assert model[0].bias is None
+    torch.testing.assert_close(model.eval()(x), expected, rtol=1e-5, atol=1e-5)
+    assert len(optimizer.param_groups[0]["params"]) == 3
+
+
+def test_they_print_and_give_json():
+    model = cases.network()
+    model[1].momentum = 0.99
+    found = batchnorm.check(model)
+    text = str(found)
+    assert text.startswith("Sequential: 1 warning\n")
+    assert "BN011 warning: A momentum that forgets" in text
+    assert "  1: momentum 0.99" in text
+    content = json.loads(found.to_json())
+    assert content["findings"][0]["layer"] == "1"
+    assert content["findings"][0]["fixable"]
+    assert found[:1] == [found[0]]
+
+
+MODULE = """
+import torch, torchvision
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, momentum=0.99))
+    return model.train()
+
+def all_three():
+    model = build()
+    return model, loader(), torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+
+def loader():
+    return [torch.randn(16, 3, 8, 8) for _ in range(3)]
+
+def number():
+    return 3
+
+def raises():
+    raise KeyError("a")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "faulty", raising=False)
+    (tmp_path / "faulty.py").write_text(MODULE)
+    return tmp_path
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+class TestTheCommand:
+    @pytest.mark.usefixtures("folder")
+    def test_it_prints_and_ends_by_severity(self):
+        status, said = invoke("check", "faulty:build")
+        assert status == 3
+        assert "BN011 warning A momentum that forgets" in said
+        assert "layer.momentum = 1 - layer.momentum" in said
+        assert invoke("check", "faulty:build", "--ignore", "BN011")[0] == 0
+        status, said = invoke("check", "faulty:all_three", "--level", "note", "--json")
+        assert status == 3
+        assert "BN023" in said
+
+    def test_errors_end_with_4_and_the_page_is_written(self, folder):
+        import faulty
+
+        model = faulty.build()
+        model[1].running_var.fill_(-1)
+        torch.save(model.state_dict(), "w.pt")
+        arguments = ["check", "faulty:build", "--checkpoint", "w.pt", "--page", "found.html"]
+        assert invoke(*arguments)[0] == 4
+        page = (folder / "found.html").read_text(encoding="utf-8")
+        assert "BN008" in page
+        assert "http" not in page.replace("http-equiv", "")
+        mended = ["--data", "faulty:loader", "--fix", "--to", "m.pt"]
+        status, said = invoke(*arguments[:4], *mended, "--ignore", "BN011")
+        assert status == 0, said
+        assert "fixed: BN008" in said
+        assert (torch.load("m.pt")["1.running_var"] > 0).all()
+
+    def test_explain(self):
+        status, said = invoke("check", "--explain", "bn016")
+        assert status == 0
+        assert "Activation checkpointing updates the running statistics twice." in said
+        assert "the half-life is half of what it was meant to be" in said
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["check"], "wants package.module:function"),
+            (["check", "faulty:number"], "gave a int"),
+            (["check", "faulty:raises"], "raised KeyError"),
+            (["check", "faulty:build", "--level", "high"], "there is no level"),
+            (["check", "faulty:build", "--select", "BN999"], "there is no rule"),
+            (["check", "--explain", "BN999"], "there is no rule"),
+            (["check", "faulty:build", "--to", "a.pt"], "it wants --fix"),
+            (["watch", "none.py"], "there is no script none.py"),
+        ],
+    )
+    @pytest.mark.usefixtures("folder")
+    def test_what_a_user_can_mend(self, arguments, message):
+        status, said = invoke(*arguments)
+        assert status == 2
+        assert message in said
+
+
+SCRIPT = """
+import sys, torch
+from torch import nn
+
+print("arguments", sys.argv[1:], __name__)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=0.9), nn.Flatten(), nn.Linear(144, 2))
+{compiled}
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(60):
+    x = torch.randn(8, 1, 8, 8)
+    loss = nn.functional.cross_entropy(model(x), (x.mean((1, 2, 3)) > 0).long())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print(step, loss.item())
+{end}
+"""
+
+
+def run(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+ENDS = {
+    "well": "",
+    "a status": "sys.exit(7)",
+    "a message": "sys.exit('bad')",
+    "an error": "raise KeyError('a')",
+}
+
+
+class TestWatching:
+    @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+    def test_output_status_and_numbers_are_the_script_s(self, tmp_path, end):
+        (tmp_path / "train.py").write_text(SCRIPT.format(end=end, compiled=""))
+        alone = run("train.py", "--rate", "3", cwd=tmp_path)
+        watched = run("-m", "batchnorm", "watch", "train.py", "--rate", "3", cwd=tmp_path)
+        assert watched.stdout == alone.stdout
+        assert watched.returncode == alone.returncode
+        assert "BN011 warning" in watched.stderr
+        if alone.stderr:  # the same traceback, but for the path that Python prints absolute
+            assert alone.stderr.splitlines()[-1] in watched.stderr
+
+    def test_a_compiled_model_is_watched(self, tmp_path):
+        script = SCRIPT.format(end="", compiled="model = torch.compile(model, backend='eager')")
+        (tmp_path / "train.py").write_text(script)
+        alone = run("train.py", cwd=tmp_path)
+        watched = run("-m", "batchnorm", "watch", "train.py", cwd=tmp_path)
+        assert watched.stdout == alone.stdout
+        assert "BN011 warning" in watched.stderr, watched.stderr
+
+    def test_modules_files_and_guarding(self, tmp_path):
+        (tmp_path / "package").mkdir()
+        (tmp_path / "package" / "train.py").write_text(SCRIPT.format(end="", compiled=""))
+        watched = run(
+            "-m", "batchnorm", "watch", "--guard", "--json", "f.json", "--page", "f.html", "-m",
+            "package.train", cwd=tmp_path,
+        )  # fmt: skip
+        assert watched.returncode == 3
+        (content,) = json.loads((tmp_path / "f.json").read_text())
+        assert {f["rule"] for f in content["findings"]} >= {"BN011"}
+        assert "BN011" in (tmp_path / "f.html").read_text()
+
+    def test_no_norm_is_said(self, tmp_path):
+        (tmp_path / "a.py").write_text("print('nothing')")
+        watched = run("-m", "batchnorm", "watch", "a.py", cwd=tmp_path)
+        assert watched.stdout == "nothing\n"
+        assert "no model with batch norm" in watched.stderr
+
+    def test_several_models_and_a_part_that_is_called_by_itself(self):
+        first, second = cases.network().train(), cases.network().train()
+        with batchnorm.watch() as watching:
+            first[:2](cases.images())  # a slice is a module of its own, of the same parts
+            first(cases.images())
+            second(cases.images())
+        assert len(watching.models) >= 2
+        assert {id(first), id(second)} <= {id(model) for model in watching.models}
+
+    def test_hooks_go_also_when_the_training_raises(self):
+        model = cases.network()
+        from torch.nn.modules import module as torch_module
+
+        watching = batchnorm.watch()
+        with pytest.raises(ZeroDivisionError), watching:
+            model(cases.images() / (1 // 0))
+        assert not torch_module._global_forward_hooks
+        assert not torch_module._global_forward_pre_hooks
+
+    def test_a_model_that_raises_does_not_confuse_the_depth(self):
+        model = cases.network().train()
+        with batchnorm.watch(model) as watching:
+            for _ in range(3):
+                with pytest.raises(RuntimeError):
+                    model(torch.randn(2, 5, 8, 8))
+            model(cases.images())
+        (root,) = watching._roots.values()
+        assert root.seen.forwards[True, True] == 4
