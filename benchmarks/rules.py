@@ -487,6 +487,7 @@ CASES = [
             nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Dropout(0.5))
         ),
         by(lambda m: setattr(m[0], "p", 0.0)),
+        Level.NOTE,
     ),
     Case(
         "BN025",

@@ -66,6 +66,7 @@ class Training:
 
     steps: int = 0  # of the optimizers that hold one of the model's parameters
     forwards: Counter[tuple[bool, bool]] = field(default_factory=Counter)  # (training, gradients)
+    blind_steps: int = 0  # before which there was a pass in training mode without gradients
     # (its statistics were updated, gradients)
     calls: dict[Layer, Counter[tuple[bool, bool]]] = field(default_factory=dict)
     recomputed: Counter[Layer] = field(default_factory=Counter)

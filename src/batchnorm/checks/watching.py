@@ -131,6 +131,7 @@ class _Root:
         self._was_evaluating: set[_BatchNorm] = set()
         self._looks: dict[_BatchNorm, deque[tuple[Tensor, Tensor, int]]] = {}
         self._looking = True
+        self._blind = False  # since the last step
         self._layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
 
     def take(self, other: "_Root") -> None:
@@ -138,7 +139,9 @@ class _Root:
         self.seen.calls.update(other.seen.calls)
 
     def begin(self, module: nn.Module) -> None:
-        self.seen.forwards[module.training, torch.is_grad_enabled()] += 1
+        gradients = torch.is_grad_enabled()
+        self.seen.forwards[module.training, gradients] += 1
+        self._blind |= module.training and not gradients
 
     def see(self, layer: _BatchNorm, x: Any, recomputed: bool) -> None:
         seen, training = self.seen, layer.training
@@ -161,6 +164,8 @@ class _Root:
 
     def step(self, every: int) -> None:
         self.seen.steps += 1
+        self.seen.blind_steps += self._blind
+        self._blind = False
         self._looking = self.seen.steps % every == 0
         if not self.module.training:
             return

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from torch import nn
+from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 
 from batchnorm.checks.findings import Level
 from batchnorm.checks.rules import Evidence, rule
@@ -224,9 +225,12 @@ def batch_dependence(subject: Subject) -> Iterator[Evidence]:
     Measured in evaluation mode; reported above 1e-3 of the outputs' standard deviation, far above
     what another summation order does in float32. Somewhere statistics of the batch are used: a
     hand-written layer whose switch is not `self.training`, `F.batch_norm(training=True)`, a layer
-    without running statistics (BN010), or something else than batch norm.
+    without running statistics (BN010). Observers of quantization-aware training do it too, on
+    purpose: nothing is said of a model that has them.
     """
     probe = subject.probe
+    if any(isinstance(m, FakeQuantizeBase | ObserverBase) for m in subject.model.modules()):
+        return
     if probe is not None and probe.alone is not None and probe.alone > 1e-3:
         text = (
             f"outputs move by {probe.alone:.2g} standard deviations without the batch's second half"

@@ -8,6 +8,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.checks.findings import Level
 from batchnorm.checks.rules import Evidence, rule
+from batchnorm.checks.rules.state import evaluated_in_training_mode
 from batchnorm.checks.subject import Layer, Subject, parameters_of
 from batchnorm.model.tracing import Call
 
@@ -37,8 +38,7 @@ def moved_without_gradients(subject: Subject) -> Iterator[Evidence]:
     seen = subject.training
     if seen is None or not seen.steps:
         return
-    evaluated = seen.forwards[False, False] + seen.forwards[False, True]
-    if not evaluated and seen.forwards[True, False] > 1 and not _interleaved(subject):
+    if evaluated_in_training_mode(seen):
         return  # BN002 says it
     for layer, calls in seen.calls.items():
         without, with_gradients = calls[True, False], calls[True, True]
@@ -48,12 +48,6 @@ def moved_without_gradients(subject: Subject) -> Iterator[Evidence]:
             yield Evidence(
                 subject.names[layer], text, {"without": without, "with": with_gradients}, level
             )
-
-
-def _interleaved(subject: Subject) -> bool:
-    """Passes without gradients belong to the steps, as in a GAN, and not to an evaluation."""
-    seen = subject.training
-    return seen is not None and seen.forwards[True, False] >= seen.steps
 
 
 def _drop_bias(subject: Subject, name: str) -> str:
@@ -237,6 +231,7 @@ def not_in_the_optimizer(subject: Subject) -> Iterator[Evidence]:
 @rule(
     "BN024",
     "Dropout feeds a norm.",
+    Level.NOTE,
     remedy="x = dropout(relu(norm(conv(x))))  # dropout behind the last norm",
 )
 def dropout_before(subject: Subject) -> Iterator[Evidence]:
@@ -244,7 +239,7 @@ def dropout_before(subject: Subject) -> Iterator[Evidence]:
 
     In training dropout raises the variance of what comes in by 1 ÷ (1 − p) for values around 0; in
     evaluation it is off, and the running variance, taken in training, is too large (Li et al. 2019,
-    "variance shift"). Reported from p = 0.1 on: 10% of the variance.
+    "variance shift"). Reported from p = 0.1 on: 10% of the variance. DeepLabV3 has it: a note.
     """
     for name, layer in subject.layers.items():
         if subject.frozen(layer):

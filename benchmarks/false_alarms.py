@@ -1,0 +1,377 @@
+"""What `check` and `watch` say of healthy models and trainings: nothing, at the default level.
+
+    python benchmarks/false_alarms.py             all: docs/false-alarms.md
+    python benchmarks/false_alarms.py resnet18    those with this in their names, to the terminal
+
+The models are those of benchmarks/models.py, with random weights and the statistics of the data that
+is then checked; the trainings are written as they should be.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import batchnorm
+import models
+from batchnorm.checks.checking import check
+from batchnorm.checks.findings import Findings
+from batchnorm.checks.rules import all_rules
+from batchnorm.checks.watching import watch
+from batchnorm.lab import networks
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "false-alarms.md"
+RECORD = ROOT / "runs" / "false-alarms.jsonl"  # a line a model, so that a run that stops goes on
+
+
+def settled(model: nn.Module, batches: list[Any]) -> nn.Module:
+    """As after a training: the data's statistics, and counters that have run."""
+    batchnorm.recalibrate(model, batches, forward=lambda model, batch: model(*batch))
+    for norm in models.norms(model):
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(1000)
+    return model
+
+
+def larger(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
+    """Eight times as many samples of the same kind."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def grown(x: Any) -> Any:
+        if isinstance(x, list):
+            return [each for _ in range(8) for each in x]
+        if not x.is_floating_point():
+            return x.repeat(8, *[1] * (x.dim() - 1))
+        shape = (8 * x.shape[0], *x.shape[1:])
+        each = torch.randn(shape[0], *[1] * (x.dim() - 1), generator=generator)
+        return torch.randn(shape, generator=generator) + each  # of unlike brightness
+
+    return tuple(grown(x) for x in inputs)
+
+
+def of_model(group: str, build: models.Build) -> list[Findings]:
+    """Evaluated and about to go on training, with data and optimizer."""
+    torch.manual_seed(0)
+    model = build().eval()
+    if not models.norms(model):
+        return []
+    models.shake(model)
+    inputs = models.inputs_for(group, model)
+    batches = [larger(inputs, seed) for seed in range(2)]
+    settled(model, batches)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4)
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        return model(*batch)
+
+    found = [check(model.eval(), batches, optimizer, forward)]
+    model.train()
+    if group != "detection":  # whose training wants targets
+        found.append(check(model, batches, optimizer, forward))
+    return found
+
+
+# trainings as they should be
+
+
+def batches(count: int = 40, size: int = 32) -> Any:
+    """Images of two kinds."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        y = torch.randint(0, 2, (size,), generator=generator)
+        x = torch.randn(size, 3, 12, 12, generator=generator) + 0.5 * y[:, None, None, None]
+        yield x, y
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2),
+    )  # fmt: skip
+
+
+def train(
+    model: Any, count: int = 200, step: Callable[[], object] = lambda: None, rate: float = 0.1
+) -> None:
+    """A rate that decays to 0; an evaluation in evaluation mode now and then."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
+    for place, (x, y) in enumerate(batches(count)):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        step()
+        if place % 50 == 49:
+            model.eval()
+            with torch.no_grad():
+                model(x)
+            model.train()
+
+
+def plain() -> Findings:
+    with watch() as watching:
+        train(small().train())
+    return only(watching.findings())
+
+
+def only(found: list[Findings]) -> Findings:
+    return Findings(
+        [f for each in found for f in each],
+        model=", ".join(each.model for each in found),
+        checked=found[0].checked,
+    )
+
+
+def lenet() -> Findings:
+    """The lab's, its rate decaying to 0."""
+    torch.manual_seed(0)
+    model = networks.lenet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    data = []
+    with watch() as watching:
+        for x, y in batches(300, 64):
+            x28 = nn.functional.interpolate(x.mean(1, keepdim=True), 28)
+            data.append(x28)
+            nn.functional.cross_entropy(model(x28), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    found = only(watching.findings())
+    return Findings([*found, *check(model.eval(), data[-8:])], model="LeNet", checked=found.checked)
+
+
+def frozen_fine_tuning() -> Findings:
+    model = settled(small(), [(x,) for x, _ in batches(4)])
+    batchnorm.freeze(model, parameters=True).train()
+    with watch() as watching:
+        train(model, rate=0.01)
+    return only(watching.findings())
+
+
+def frozen_by_a_train_of_its_own() -> Findings:
+    """As detection toolboxes do it."""
+
+    class Backbone(nn.Sequential):
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+            for norm in models.norms(self):
+                norm.eval()
+            return self
+
+    model = Backbone(*settled(small(), [(x,) for x, _ in batches(4)]).children()).train()
+    with watch() as watching:
+        train(model, rate=0.01)
+    return only(watching.findings())
+
+
+def gan() -> Findings:
+    """The discriminator sees real and made images in turn; the generator's are made without gradients."""
+    torch.manual_seed(0)
+    generator = nn.Sequential(
+        nn.ConvTranspose2d(4, 8, 6, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 3, 7),
+    )
+    discriminator = nn.Sequential(*small()[:-1], nn.Linear(8, 1))
+    half = [torch.optim.Adam(m.parameters(), 2e-4) for m in (generator, discriminator)]
+    with watch() as watching:
+        for x, _ in batches(200):
+            noise = torch.randn(32, 4, 1, 1)
+            with torch.no_grad():
+                made = generator(noise)
+            loss = nn.functional.softplus(-discriminator(x)) + nn.functional.softplus(
+                discriminator(made)
+            )
+            loss.mean().backward()
+            half[1].step()
+            discriminator.requires_grad_(False)
+            nn.functional.softplus(-discriminator(generator(noise))).mean().backward()
+            half[0].step()
+            discriminator.requires_grad_(True)
+            for optimizer in half:
+                optimizer.zero_grad()
+    return only(watching.findings())
+
+
+def averaged_with_its_buffers() -> Findings:
+    """An exponential average of weights and statistics, evaluated."""
+    model = small().train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.95), use_buffers=True)
+    train(model, step=lambda: average.update_parameters(model))
+    data = [x for x, _ in batches(200)][-8:]
+    return check(average.eval(), data)
+
+
+def averaged_and_recalibrated() -> Findings:
+    model = small().train()
+    average = AveragedModel(model)
+    train(model, step=lambda: average.update_parameters(model))
+    data = [x for x, _ in batches(200)][-8:]
+    batchnorm.recalibrate(average, data)
+    return check(average.eval(), data)
+
+
+def quantization_aware() -> Findings:
+    """torch.ao's, whose fused layers hold norms."""
+    model = torchvision.models.quantization.resnet18(weights=None)
+    model.train()
+    model.fuse_model(is_qat=True)
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    torch.ao.quantization.prepare_qat(model, inplace=True)
+    data = [(torch.randn(16, 3, 64, 64),) for _ in range(2)]
+    settled(model, data)
+    return check(model.eval(), [x for (x,) in data])
+
+
+def accumulated() -> Findings:
+    """Four batches to a step, each large enough."""
+    model = small().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+    with watch() as watching:
+        for place, (x, y) in enumerate(batches(240)):
+            (nn.functional.cross_entropy(model(x), y) / 4).backward()
+            if place % 4 == 3:
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+    return only(watching.findings())
+
+
+def siamese() -> Findings:
+    """Two views of the same images through one network."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.net(x) + self.net(x.flip(3))
+
+    model = settled(Pair(), [(x,) for x, _ in batches(8)])
+    return check(model.eval(), [x for x, _ in batches(8)])
+
+
+TRAININGS: dict[str, Callable[[], Findings]] = {
+    "a plain loop": plain,
+    "the lab's LeNet, cosine rate": lenet,
+    "fine-tuning, frozen by freeze()": frozen_fine_tuning,
+    "fine-tuning, frozen by a train() of its own": frozen_by_a_train_of_its_own,
+    "a GAN": gan,
+    "an EMA with its buffers": averaged_with_its_buffers,
+    "averaged weights, recalibrated": averaged_and_recalibrated,
+    "quantization-aware training": quantization_aware,
+    "gradient accumulation of large batches": accumulated,
+    "a siamese network": siamese,
+}
+
+
+def told(found: list[Findings]) -> list[str]:
+    """Each finding in a line."""
+    return sorted({f"{f.rule} {f.layer}: {f.evidence}" for each in found for f in each})
+
+
+def unchecked(found: list[Findings]) -> list[str]:
+    """What could not be looked at."""
+    return sorted(
+        {f"{r}: {w}" for each in found for r, w in each.skipped.items() if "could not" in w}
+    )
+
+
+def cases() -> dict[str, tuple[str, Callable[[], list[Findings]]]]:
+    """Name -> kind, and what finds."""
+    found: dict[str, tuple[str, Callable[[], list[Findings]]]] = {
+        name: ("training", partial(_alone, run)) for name, run in TRAININGS.items()
+    }
+    for name, (group, build) in models.all_models().items():
+        found[name] = (group, partial(of_model, group, build))
+    return found
+
+
+def _alone(run: Callable[[], Findings]) -> list[Findings]:
+    return [run()]
+
+
+def read_record() -> list[dict[str, Any]]:
+    """What was found before."""
+    if not RECORD.exists():
+        return []
+    return [json.loads(line) for line in RECORD.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    """Check, record, write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("part", nargs="?", help="of the names")
+    part = parser.parse_args().part
+    warnings.simplefilter("ignore")
+    RECORD.parent.mkdir(exist_ok=True)
+    known = {line["name"] for line in read_record()} if part is None else set()
+    for name, (kind, find) in cases().items():
+        if name in known or (part or "") not in name:
+            continue
+        try:
+            found = find()
+        except Exception as error:  # noqa: BLE001  # told, and the others go on
+            print(
+                f"{name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True
+            )
+            continue
+        if not found:
+            continue
+        line = {
+            "name": name,
+            "kind": kind,
+            "rules": len(found[0].checked),
+            "found": told(found),
+            "unchecked": unchecked(found),
+        }
+        print(name, line["rules"], line["found"], line["unchecked"], flush=True)
+        if part is None:
+            with RECORD.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        gc.collect()
+    if part is None:
+        PAGE.write_text(page(read_record()), encoding="utf-8")
+
+
+def page(lines: list[dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    silent = sum(not line["found"] for line in lines)
+    head = f"""\
+# False alarms
+
+What `check` and `watch` say at the default level of {len(lines)} healthy models and trainings, by
+{len(all_rules())} rules: nothing of {silent} of them. Made by `python benchmarks/false_alarms.py`;
+models with random weights and the statistics of the data that is checked, in evaluation and in
+training mode; trainings as they should be written.
+
+| | kind | rules checked | found |
+|---|---|---|---|"""
+    text = [head]
+    text += [
+        f"| {line['name']} | {line['kind']} | {line['rules']} | {'<br>'.join(line['found']) or 'nothing'} |"
+        for line in lines
+    ]
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    main()
