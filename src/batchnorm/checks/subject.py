@@ -72,7 +72,7 @@ class Training:
     recomputed: Counter[Layer] = field(default_factory=Counter)
     smallest: dict[Layer, int] = field(default_factory=dict)  # values per channel, in training
     thawed: set[Layer] = field(default_factory=set)  # in evaluation mode at one step, later not
-    drift: dict[Layer, Moments] = field(default_factory=dict)  # of the last sampled batches
+    drift: dict[Layer, float] = field(default_factory=dict)  # see `watching`, of the last looks
 
 
 @dataclass

@@ -15,17 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from batchnorm import kernels
 from batchnorm.checks.checking import Names, _listed, judge, level_of
 from batchnorm.checks.findings import Findings, Level
+from batchnorm.checks.probing import standardized_gap
 from batchnorm.checks.rules import chosen
 from batchnorm.checks.subject import Subject, Training
+from batchnorm.model.discovery import batch_norms
 from batchnorm.model.recalibration import Moments
 
 EVERY = 50  # steps between two looks at the layers' inputs
-KEPT = 2  # looks that count, the last ones
+KEPT = 4  # looks that count, the last ones
 
 
 class Watch:
@@ -39,8 +42,10 @@ class Watch:
         level: str | Level = Level.WARNING,
         select: Names | None = None,
         ignore: Names | None = None,
+        writer: Any = None,
     ) -> None:
         self._only = model
+        self._writer = writer
         self._every = every
         self._level = level_of(level)
         self._rules = chosen(_listed(select), _listed(ignore))
@@ -78,26 +83,29 @@ class Watch:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for root in self._roots.values():
             if root.parameters & held:
+                if self._writer is not None and root.looked:
+                    root.write(self._writer)
                 root.step(self._every)
 
     def _root_of(self, module: nn.Module) -> "_Root | None":
+        """The model that a module belongs to, which may be called in parts, or is one itself."""
         if module in self._roots:
             return self._roots[module]
-        for known in self._roots.values():  # a part that is called by itself
+        for known in self._roots.values():
             if module in known.modules:
                 return known
-        if self._only is not None and module is not self._only:
-            return None
-        if isinstance(module, torch_module.Module) and any(
-            isinstance(m, _BatchNorm) for m in module.modules()
-        ):
-            root = self._roots[module] = _Root(module)
-            for inner in [
-                known for known in self._roots if known is not module and known in root.modules
-            ]:
-                root.take(self._roots.pop(inner))
-            return root
+        if self._only is not None:
+            return self._begin(self._only) if module in set(self._only.modules()) else None
+        if any(isinstance(m, _BatchNorm) for m in module.modules()):
+            return self._begin(module)
         return None
+
+    def _begin(self, model: nn.Module) -> "_Root":
+        root = _Root(model)
+        for part in [known for known in self._roots if known in root.modules]:
+            root.take(self._roots.pop(part))  # it was called by itself before
+        self._roots[model] = root
+        return root
 
     # results
 
@@ -129,7 +137,7 @@ class _Root:
         self.parameters = {id(p) for p in module.parameters()}
         self.seen = Training()
         self._was_evaluating: set[_BatchNorm] = set()
-        self._looks: dict[_BatchNorm, deque[tuple[Tensor, Tensor, int]]] = {}
+        self._looks: dict[_BatchNorm, deque[float]] = {}  # gaps², the last ones
         self._looking = True
         self._blind = False  # since the last step
         self._layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
@@ -157,10 +165,12 @@ class _Root:
         values = x.numel() // max(x.shape[1], 1)
         if values < seen.smallest.get(layer, values + 1):
             seen.smallest[layer] = values
-        if self._looking and values > 1 and x.is_floating_point():
-            mean, var_biased = kernels.moments(x.detach())
+        if self._looking and values > 1 and x.is_floating_point() and _filled(layer):
+            batch = Moments()
+            batch.merge(*kernels.moments(x.detach()), values)
+            chance = 1.5 / values  # of a mean, 1 / n of a variance; of a log deviation, 1 / 2n
             looks = self._looks.setdefault(layer, deque(maxlen=KEPT))
-            looks.append((mean, var_biased, values))
+            looks.append(standardized_gap(layer, batch) ** 2 - chance)
 
     def step(self, every: int) -> None:
         self.seen.steps += 1
@@ -175,14 +185,31 @@ class _Root:
             elif layer in self._was_evaluating:
                 self.seen.thawed.add(layer)
 
+    @property
+    def looked(self) -> bool:
+        """The step that ends now was one whose inputs were looked at."""
+        return self._looking and bool(self._looks)
+
+    def write(self, writer: Any) -> None:
+        """The layers' gaps at the last look, as scalars."""
+        for name, layer in batch_norms(self.module).items():
+            if layer in self._looks:
+                tag = f"batchnorm/{name or type(layer).__name__}/gap"
+                writer.add_scalar(tag, max(self._looks[layer][-1], 0.0) ** 0.5, self.seen.steps)
+
     def training(self) -> Training:
-        self.seen.drift = {}
-        for layer, looks in self._looks.items():
-            merged = Moments()
-            for mean, var_biased, count in looks:
-                merged.merge(mean, var_biased, count)
-            self.seen.drift[layer] = merged
+        self.seen.drift = {
+            layer: max(sum(looks) / len(looks), 0.0) ** 0.5 for layer, looks in self._looks.items()
+        }
         return self.seen
+
+
+def _filled(layer: _BatchNorm) -> bool:
+    """Its average has forgotten the initial values, of which it keeps 0.05 or less."""
+    if layer.running_mean is None or is_lazy(layer.running_mean):
+        return False
+    counter, momentum = layer.num_batches_tracked, layer.momentum
+    return counter is None or momentum is None or (1 - momentum) ** int(counter) <= 0.05
 
 
 def _recomputing() -> bool:
@@ -198,6 +225,7 @@ def watch(
     level: str | Level = Level.WARNING,
     select: Names | None = None,
     ignore: Names | None = None,
+    writer: Any = None,
 ) -> Iterator[Watch]:
     """Inside, every training step is watched; `.findings()` of what it gives tells what is wrong.
 
@@ -208,11 +236,13 @@ def watch(
         level: the lowest that is reported.
         select: identifiers, or their beginnings, of the rules; all by default.
         ignore: of those not to check.
+        writer: a TensorBoard SummaryWriter, or whatever has its add_scalar: it gets each layer's gap
+            (see BN001) at every look.
 
     Yields:
         The watch.
     """
-    watching = Watch(model, every=every, level=level, select=select, ignore=ignore)
+    watching = Watch(model, every=every, level=level, select=select, ignore=ignore, writer=writer)
     with ExitStack() as hooks:
         hooks.enter_context(_removed(torch_module.register_module_forward_pre_hook(watching.enter)))
         hooks.enter_context(
