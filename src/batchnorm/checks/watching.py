@@ -2,10 +2,10 @@
 
 torch's global hooks tell of every call of a module and every step of an optimizer. What is noted
 are counts; every `every` steps the layers' inputs are looked at, too. Nothing is drawn from a random
-generator, nothing is written into a module, so the training's numbers are what they would be.
+generator, nothing is written into a module, so the training's numbers are what they would be. Of a
+model that torch.compile took, the passes, modes and buffers are seen, and not the layers' inputs.
 """
 
-import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -50,62 +50,63 @@ class Watch:
         self._level = level_of(level)
         self._rules = chosen(_listed(select), _listed(ignore))
         self._roots: dict[nn.Module, _Root] = {}
-        self._optimizers: dict[int, Any] = {}
-        self._steps: Counter[int] = Counter()  # by optimizer
-        self._local = threading.local()  # DataParallel calls modules from threads
+        self._entries: dict[nn.Module, _Root] = {}  # the modules that the training itself calls
+        self._owners: dict[nn.Module, _Root] = {}  # of the norms
+        self._parts: dict[nn.Module, set[nn.Module]] = {}  # what is in each entry
+        self._known: set[nn.Module] = set()  # the others, which tell nothing
+        self._trained: dict[Any, list[_Root | None]] = {}  # by which optimizer
+        self._count = 0  # of steps
 
     # hooks
 
-    def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+    def enter(self, module: nn.Module, args: Any) -> None:
         """Before a module's forward."""
-        depth = getattr(self._local, "depth", 0)
-        self._local.depth = depth + 1
-        if depth == 0:
-            self._local.root = self._root_of(module)
-            if (root := self._local.root) is not None and not _recomputing():
-                root.begin(module)
-        root = self._local.root
-        if root is not None and isinstance(module, _BatchNorm):
-            x = args[0] if args else next(iter((kwargs or {}).values()), None)
-            root.see(module, x, _recomputing())
+        if torch.compiler.is_compiling() or module in self._known:
+            return  # what is compiled calls no hook: of such a model only the whole is seen
+        if module not in self._entries and module not in self._owners:
+            self._meet(module)
+        if (entered := self._entries.get(module)) is not None and not _recomputing():
+            entered.begin(module)
+        if (owner := self._owners.get(module)) is not None:
+            owner.see(module, args[0] if args else None, _recomputing())
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Behind it, also where it raised."""
-        del module, args, output
-        self._local.depth = max(getattr(self._local, "depth", 1) - 1, 0)
+    def _meet(self, module: nn.Module) -> None:
+        """A module that is called for the first time: parents are called before their parts."""
+        if any(module in entry_parts for entry_parts in self._parts.values()):
+            self._known.add(module)
+            return
+        inside = set(module.modules())
+        if not any(isinstance(m, _BatchNorm) for m in inside):
+            self._known.add(module)
+            return
+        model = module if self._only is None else self._only
+        if module not in set(model.modules()):
+            self._known.add(module)
+            return
+        root = self._roots.setdefault(model, _Root(model))
+        for part in [other for other in self._roots if other is not model and other in inside]:
+            root.take(self._roots.pop(part))  # it was called by itself before
+        self._entries = {m: r for m, r in self._entries.items() if m not in inside}
+        self._parts = {m: parts for m, parts in self._parts.items() if m not in inside}
+        self._entries[module], self._parts[module] = root, inside - {module}
+        self._owners.update({m: root for m in inside if isinstance(m, _BatchNorm)})
+        self._known -= inside
 
     def step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Behind an optimizer's step."""
         del args, kwargs
-        self._optimizers.setdefault(id(optimizer), optimizer)
-        self._steps[id(optimizer)] += 1
-        self._local.depth = 0  # whatever was left by a forward that raised
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for root in self._roots.values():
-            if root.parameters & held:
+        roots = self._trained.get(optimizer, [])
+        if len(roots) != len(self._roots) or self._count % self._every == 0:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            # None for a model of another optimizer
+            roots = [root if root.parameters & held else None for root in self._roots.values()]
+            self._trained[optimizer] = roots
+        self._count += 1
+        for root in roots:
+            if root is not None:
                 if self._writer is not None and root.looked:
                     root.write(self._writer)
                 root.step(self._every)
-
-    def _root_of(self, module: nn.Module) -> "_Root | None":
-        """The model that a module belongs to, which may be called in parts, or is one itself."""
-        if module in self._roots:
-            return self._roots[module]
-        for known in self._roots.values():
-            if module in known.modules:
-                return known
-        if self._only is not None:
-            return self._begin(self._only) if module in set(self._only.modules()) else None
-        if any(isinstance(m, _BatchNorm) for m in module.modules()):
-            return self._begin(module)
-        return None
-
-    def _begin(self, model: nn.Module) -> "_Root":
-        root = _Root(model)
-        for part in [known for known in self._roots if known in root.modules]:
-            root.take(self._roots.pop(part))  # it was called by itself before
-        self._roots[model] = root
-        return root
 
     # results
 
@@ -121,7 +122,7 @@ class Watch:
     def _judge(self, root: "_Root") -> Findings:
         optimizers = [
             each
-            for each in self._optimizers.values()
+            for each in self._trained
             if root.parameters & {id(p) for group in each.param_groups for p in group["params"]}
         ]
         subject = Subject(root.module, optimizers, training=root.training())
@@ -151,7 +152,7 @@ class _Root:
         self.seen.forwards[module.training, gradients] += 1
         self._blind |= module.training and not gradients
 
-    def see(self, layer: _BatchNorm, x: Any, recomputed: bool) -> None:
+    def see(self, layer: Any, x: Any, recomputed: bool) -> None:
         seen, training = self.seen, layer.training
         if recomputed:
             seen.recomputed[layer] += training
@@ -245,9 +246,6 @@ def watch(
     watching = Watch(model, every=every, level=level, select=select, ignore=ignore, writer=writer)
     with ExitStack() as hooks:
         hooks.enter_context(_removed(torch_module.register_module_forward_pre_hook(watching.enter)))
-        hooks.enter_context(
-            _removed(torch_module.register_module_forward_hook(watching.leave, always_call=True))
-        )
         hooks.enter_context(_removed(register_optimizer_step_post_hook(watching.step)))
         yield watching
 
