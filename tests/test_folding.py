@@ -367,3 +367,79 @@ def test_any_sequence_of_layers_keeps_its_outputs(names, seed):
     expected = model(x)
     scale = max(1.0, expected.abs().max().item())
     torch.testing.assert_close(folded(x), expected, rtol=0, atol=1e-5 * scale)
+
+
+class ReadsTheWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight)
+
+
+class ReadsTheBias(ReadsTheWeight):
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.conv.bias[:, None, None]
+
+
+class ReadsTheStatistics(ReadsTheWeight):
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.bn.running_mean[:, None, None]
+
+
+class ReadsTheWeightBehind(ReadsTheWeight):
+    def forward(self, x):
+        return self.conv(self.bn(x)) + nn.functional.conv2d(x, self.conv.weight)
+
+
+@pytest.mark.parametrize(
+    "kind", [ReadsTheWeight, ReadsTheBias, ReadsTheStatistics, ReadsTheWeightBehind]
+)
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_a_layer_whose_parameters_are_read_by_others_stays(kind, with_inputs):
+    model, x = shaken(kind()), torch.randn(2, 3, 5, 5)
+    folded = batchnorm.fold(model, x if with_inputs else None)
+    assert "are read by the code around it" in str(batchnorm.changes(folded))
+    torch.testing.assert_close(folded(x), model(x), rtol=0, atol=0)
+
+
+class Reaches(nn.Module):
+    """Control flow, and a reach into a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        return self.block(x) + self.block[0](x) if x.sum() > -1e9 else x
+
+
+def test_what_cannot_be_proved_without_inputs_is_said(caplog):
+    model, x = shaken(Reaches()), torch.randn(2, 3, 5, 5)
+    assert "pass inputs=" in str(batchnorm.changes(batchnorm.fold(model)))
+    assert "pass inputs=" in caplog.text
+    folded = batchnorm.fold(model, x)
+    assert "called 2 times, 1 of them" in str(batchnorm.changes(folded))
+    torch.testing.assert_close(folded(x), model(x), rtol=0, atol=0)
+
+
+def test_a_compiled_model_is_folded_as_it_is_written():
+    model, x = shaken(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))), torch.randn(2, 3, 5, 5)
+    folded = batchnorm.fold(torch.compile(model, backend="eager"), x)
+    assert type(folded) is nn.Sequential
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_lists_and_data_parallel_are_looked_into():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            pair = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+            self.parts = nn.ModuleList([nn.ModuleDict({"a": pair})])
+
+        def forward(self, x):
+            return self.parts[0]["a"](x) if x.sum() > -1e9 else x
+
+    check(shaken(Listed()), torch.randn(2, 3, 5, 5))
+    check(shaken(nn.DataParallel(Listed().parts[0]["a"])), torch.randn(2, 3, 5, 5))

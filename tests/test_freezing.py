@@ -263,3 +263,36 @@ def test_where_timms_unfreeze_loses_momentum_and_counter_ours_does_not():
     batchnorm.unfreeze(batchnorm.freeze(ours))
     assert (theirs[1].momentum, theirs[1].num_batches_tracked.item()) == (0.1, 0)
     assert (ours[1].momentum, ours[1].num_batches_tracked.item()) == (0.3, 41)
+
+
+def test_no_update_holds_for_a_frozen_layer_that_updates():
+    layer = batchnorm.freeze(nn.BatchNorm2d(3), update=True).train()
+    before = layer.running_mean.clone()
+    with batchnorm.no_update(layer):
+        layer(torch.randn(4, 3, 2, 2))
+    assert torch.equal(layer.running_mean, before)
+    layer(torch.randn(4, 3, 2, 2))
+    assert not torch.equal(layer.running_mean, before)
+
+
+VERBS = {
+    "recalibrate": lambda model: batchnorm.recalibrate(model, []),
+    "freeze": batchnorm.freeze,
+    "unfreeze": batchnorm.unfreeze,
+    "no_update": lambda model: batchnorm.no_update(model).__enter__(),
+    "masked": lambda model: batchnorm.masked(model, torch.tensor([2])).__enter__(),
+    "fold": batchnorm.fold,
+    "convert": batchnorm.convert,
+    "summary": batchnorm.summary,
+}
+
+
+@pytest.mark.parametrize(("verb", "call"), VERBS.items(), ids=VERBS)
+def test_what_is_no_model_is_said(verb, call):
+    with pytest.raises(BatchNormError, match=rf"^{verb} got a dict and wants a torch\.nn\.Module"):
+        call({"state": 1})
+
+
+def test_what_is_no_pattern_is_said():
+    with pytest.raises(BatchNormError, match="got the pattern 3 and wants a name"):
+        batchnorm.freeze(nn.BatchNorm2d(3), 3)

@@ -62,6 +62,18 @@ def test_what_is_done_to_a_model_runs(name):
     assert not any(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_the_search_for_faults_runs(name):
+    (code,) = blocks(name, "python find-faults")
+    model, images = tiny.network(), tiny.as_images().test_images
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = {"batchnorm": batchnorm, "model": model, "optimizer": optimizer}
+    names |= {"loader": images.split(32), "train": lambda model: model(images)}
+    exec(compile(code, name, "exec"), names)  # noqa: S102
+    assert isinstance(names["findings"], batchnorm.Findings)
+    assert names["watching"].models == [model]
+
+
 def test_the_guide_to_whole_models_runs():
     images = tiny.as_images().test_images
     names = {

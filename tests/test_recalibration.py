@@ -399,3 +399,16 @@ def test_where_one_process_fails_all_say_so(tmp_path):
     torch.multiprocessing.spawn(worker, (str(tmp_path), True), nprocs=2)
     assert (tmp_path / "1.txt").read_text() == "the disk went away\n"
     assert "another process raised OSError: the disk went away" in (tmp_path / "0.txt").read_text()
+
+
+def test_a_compiled_model_runs_as_it_is_written():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    twin = copy.deepcopy(model)
+    batches = [torch.randn(8, 3, 6, 6)]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(batches[0])
+    batchnorm.recalibrate(compiled, batches)
+    torch.testing.assert_close(
+        model[1].running_mean, batchnorm.recalibrate(twin, batches)[1].running_mean
+    )
+    compiled(batches[0])  # in one graph still

@@ -12,7 +12,13 @@ from batchnorm import layers
 from batchnorm.errors import BatchNormError
 from batchnorm.model import account, fusion
 from batchnorm.model.account import Change
-from batchnorm.model.discovery import activation_of, batch_norms, constant_norms, fits
+from batchnorm.model.discovery import (
+    activation_of,
+    batch_norms,
+    constant_norms,
+    fits,
+    refuse_no_model,
+)
 from batchnorm.model.freezing import Frozen, freeze_layer
 from batchnorm.model.mixing import Mixin, mix, unmix
 
@@ -66,6 +72,7 @@ def convert(
     Raises:
         BatchNormError: a kind that is not known; fuse=True with another than "ours".
     """
+    refuse_no_model(model, "convert")
     if to not in KINDS:
         raise BatchNormError(f"convert got to={to!r} and wants one of {', '.join(KINDS)}.")
     if fuse and to != "ours":

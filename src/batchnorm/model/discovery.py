@@ -1,11 +1,19 @@
 """Find the batch normalization in a model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from batchnorm.errors import BatchNormError
+
+
+def refuse_no_model(model: object, verb: str) -> None:
+    """What is given must be a module."""
+    if not isinstance(model, nn.Module):
+        raise BatchNormError(f"{verb} got a {type(model).__name__} and wants a torch.nn.Module.")
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -25,6 +33,11 @@ def matching(model: nn.Module, pattern: str | Sequence[str]) -> list[tuple[str, 
 def fits(name: str, pattern: str | Sequence[str]) -> bool:
     """The name fits one of the patterns, with * and ?."""
     patterns = [pattern] if isinstance(pattern, str) else pattern
+    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+        raise BatchNormError(
+            f'got the pattern {pattern!r} and wants a name with * and ?, such as "layer1.*", or '
+            "several of them."
+        )
     return any(fnmatchcase(name, each) for each in patterns)
 
 

@@ -23,10 +23,11 @@ from torch.utils import _pytree as pytree
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.model import account
 from batchnorm.model.account import Change
-from batchnorm.model.calling import feed
-from batchnorm.model.discovery import activation_of, batch_norms, constant_norms
+from batchnorm.model.calling import eagerly, feed
+from batchnorm.model.discovery import activation_of, batch_norms, constant_norms, refuse_no_model
 from batchnorm.model.tracing import Call, Traced, trace
 
+UNPROVEN = "parts could not be traced; pass inputs= to have calls counted and outputs compared"
 TOLERANCE = 1e-9  # of the outputs' scale, in float64: what rounding may do through a deep network
 
 
@@ -55,25 +56,31 @@ def fold(model: nn.Module, inputs: Any = None) -> nn.Module:
     Raises:
         BatchNormError: a model in training mode; outputs that differ by more than rounding.
     """
+    refuse_no_model(model, "fold")
     if model.training:
         raise BatchNormError(
             f"fold got {type(model).__name__} in training mode, where a norm depends on the batch. "
             "Call model.eval() first; to go on training, keep the unfolded model."
         )
+    model = getattr(model, "_orig_mod", model)  # what torch.compile holds
     folded = _copy(model)
     folding = _Folding(folded, trace(folded), _ranks(folded, inputs))
     entries = list(folding.fold_all())
-    facts = {} if inputs is None else _proof(model, folded, inputs)
+    facts = _proof(model, folded, inputs) if inputs is not None else {}
+    if inputs is None and folding.traced.untraced:
+        account.log.warning("fold: %s", UNPROVEN)
+        facts["not_compared"] = UNPROVEN
     return account.record(folded, "fold", entries, **facts)
 
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise BatchNormError(
             f"fold works on a copy, and {type(model).__name__} cannot be copied ({brief(error)}). "
-            "Make pruning and weight norm permanent first: prune.remove, remove_weight_norm."
+            "Make pruning and weight norm permanent first (prune.remove, remove_weight_norm), and "
+            "run a batch through lazy layers."
         ) from error
 
 
@@ -115,6 +122,7 @@ class _Folding:
     def _fold(self, norm: nn.Module) -> nn.Module:
         """Into the layer before it or, failing that, the one behind it."""
         _refuse_norm(norm)
+        self._refuse_opened(norm)
         calls = self._calls(norm)
         try:
             before = self._one([call.source for call in calls], "before it")
@@ -132,6 +140,13 @@ class _Folding:
             raise Unfoldable("not called" if idle else "not in what could be traced")
         self._refuse_calls_outside(norm)
         return calls
+
+    def _refuse_opened(self, module: nn.Module) -> None:
+        """Whoever reads a weight by itself would read the folded one."""
+        if module in self.traced.opened:
+            raise Unfoldable(
+                f"the parameters of {self.names[module]} are read by the code around it"
+            )
 
     def _refuse_calls_outside(self, module: nn.Module) -> None:
         """Called more often than the graph shows: from control flow, or by a parent's own code."""
@@ -151,6 +166,7 @@ class _Folding:
         if len(self.traced.calls[module]) != len(found):
             raise Unfoldable(f"{self.names[module]} {where} is called elsewhere, too")
         self._refuse_calls_outside(module)
+        self._refuse_opened(module)
         return module
 
     def _fold_into_the_layer_before(self, norm: nn.Module, layer: nn.Module) -> nn.Module:
@@ -177,6 +193,7 @@ class _Folding:
         if isinstance(layer, _BatchNorm | _ConvTransposeNd):
             raise Unfoldable(f"a {type(layer).__name__} behind it takes nothing in")
         self._refuse_calls_outside(layer)
+        self._refuse_opened(layer)
         affine = _affine(norm)
         self._refuse_axis(layer, norm)
         _refuse_channels(_channels_in(layer), affine)
@@ -425,7 +442,7 @@ def _ranks(model: nn.Module, inputs: Any) -> dict[nn.Module, _Seen] | None:
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     """The tensors among the outputs."""
-    with torch.no_grad():
+    with torch.no_grad(), eagerly():
         outputs = feed(model, inputs)
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 

@@ -20,7 +20,7 @@ from batchnorm import kernels
 from batchnorm.errors import BatchNormError
 from batchnorm.model import account
 from batchnorm.model.account import Change
-from batchnorm.model.discovery import batch_norms, constant_norms, matching
+from batchnorm.model.discovery import batch_norms, constant_norms, matching, refuse_no_model
 from batchnorm.model.mixing import Mixin, mix, unmix
 
 METADATA = "batchnorm.frozen"  # the key in a state dict's metadata
@@ -48,7 +48,8 @@ class Frozen(Mixin, _BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize as the switches say."""
-        if not (self._asked_to_train and self._switches.use and self._switches.update):
+        moves = self._switches.use and self._switches.update and self.track_running_stats
+        if not (self._asked_to_train and moves):  # no_update sets track_running_stats, too
             return super().forward(input)
         mean, var = self.running_mean, self.running_var
         assert mean is not None  # noqa: S101  # a layer without statistics is not frozen
@@ -118,6 +119,7 @@ def freeze(
     Raises:
         BatchNormError: both switches as torch has them (that is `unfreeze`).
     """
+    refuse_no_model(model, "freeze")
     if not use and update:
         raise BatchNormError(
             "freeze got use=False and update=True, which is what an unfrozen layer does. "
@@ -143,6 +145,7 @@ def unfreeze(model: nn.Module, pattern: str | Sequence[str] = "*") -> nn.Module:
     Class, mode, `track_running_stats` and requires_grad are again what they were; momentum and the
     counter were never touched.
     """
+    refuse_no_model(model, "unfreeze")
     entries = []
     for name, layer in matching(model, pattern):
         done = isinstance(layer, Frozen)
@@ -189,6 +192,7 @@ def no_update(model: nn.Module) -> Iterator[nn.Module]:
     Counters stay, too, and NaN in a batch cannot reach the statistics.
     """
     # torch reads the flag as "update, in training"; evaluation goes by whether there are buffers
+    refuse_no_model(model, "no_update")
     layers = [m for m in batch_norms(model).values() if m.running_mean is not None]
     before = {layer: layer.track_running_stats for layer in layers}
     try:

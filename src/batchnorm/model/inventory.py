@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm import kernels
-from batchnorm.model.calling import feed, unchanged
-from batchnorm.model.discovery import batch_norms, constant_norms
+from batchnorm.model.calling import eagerly, feed, unchanged
+from batchnorm.model.discovery import batch_norms, constant_norms, refuse_no_model
 from batchnorm.model.freezing import Frozen
 from batchnorm.model.tracing import trace
 
@@ -150,6 +150,7 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
     Returns:
         A sequence of rows that prints as a table.
     """
+    refuse_no_model(model, "summary")
     traced = trace(model)
     calls = {module: traced.calls[module] for module in list(traced.calls)}
     rows: dict[nn.Module, Row] = {}
@@ -223,7 +224,7 @@ class _Cost:
 
 def _measured(model: nn.Module, inputs: Any, rows: dict[nn.Module, Row]) -> dict[nn.Module, Row]:
     costs = {layer: _Cost() for layer in rows}
-    with unchanged(model), torch.enable_grad():
+    with unchanged(model), eagerly(), torch.enable_grad():
         _look(model, inputs, costs)
         kept = _weigh(model, inputs, costs)
         seconds = _time(model, inputs, costs)

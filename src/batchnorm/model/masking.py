@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError
 from batchnorm.model.account import log
-from batchnorm.model.discovery import batch_norms
+from batchnorm.model.discovery import batch_norms, refuse_no_model
 
 
 @contextmanager
@@ -53,6 +53,7 @@ def masked(
             two values in training.
     """
     kept = _Kept(_mask(lengths, mask, padded_to), axis, padded_to is not None or mask is not None)
+    refuse_no_model(model, "masked")
     layers = batch_norms(model)
     if not layers:
         log.warning("masked: no batch norm in the model, nothing to do")

@@ -30,7 +30,8 @@ from batchnorm import kernels
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.model import account
 from batchnorm.model.account import Change
-from batchnorm.model.discovery import batch_norms, constant_norms
+from batchnorm.model.calling import eagerly
+from batchnorm.model.discovery import batch_norms, constant_norms, refuse_no_model
 from batchnorm.model.freezing import Frozen
 
 # Any: torch types no attribute of a module, and a layer here is one with running statistics
@@ -121,6 +122,7 @@ def recalibrate(
         BatchNormError: no batch; a prior outside [0, 1); values that are not finite; a layer
             without a size; with `exact`, a loader that can be read only once.
     """
+    refuse_no_model(model, "recalibrate")
     _check(loader, samples, exact, prior)
     wanted, left = _wanted(model)
     batches = _Batches(loader, samples, progress)
@@ -154,6 +156,8 @@ class Collector:
         self.layers = list(layers)
 
     def __enter__(self) -> Self:
+        self._eager = ExitStack()
+        self._eager.enter_context(eagerly())
         self._modes = {module: module.training for module in self.model.modules()}
         self._buffers = {layer: (layer.running_mean, layer.running_var) for layer in self.layers}
         self.model.eval()
@@ -162,6 +166,7 @@ class Collector:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._eager.close()
         for module, mode in self._modes.items():
             module.training = mode
         self.restore()

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.model.discovery import constant_norms
 
+KINDS = (_BatchNorm, _ConvNd, nn.Linear)
 CONTAINERS = (
     nn.ModuleList,
     nn.ModuleDict,
@@ -38,19 +39,30 @@ class Traced:
 
     calls: dict[nn.Module, list[Call]] = field(default_factory=lambda: defaultdict(list))
     untraced: dict[str, str] = field(default_factory=dict)  # a module's name, and why
+    opened: set[nn.Module] = field(default_factory=set)  # whose tensors are read from outside
 
 
 class _Tracer(fx.Tracer):
     """Stops at torch.nn's modules, at norms, and at whatever is a convolution or a linear layer."""
 
-    def __init__(self, constants: set[nn.Module]) -> None:
+    def __init__(self, constants: set[nn.Module], traced: Traced, root: nn.Module) -> None:
         super().__init__()
-        self._constants = constants
+        self._constants, self._traced = constants, traced
+        self._owners = {
+            id(tensor): module
+            for module in root.modules()
+            if isinstance(module, KINDS) or module in constants
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        }
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if id(attr_val) in self._owners:  # a leaf's own forward is not run: somebody else reads it
+            self._traced.opened.add(self._owners[id(attr_val)])
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        kinds = (_BatchNorm, _ConvNd, nn.Linear)
         return (
-            isinstance(m, kinds)
+            isinstance(m, KINDS)
             or m in self._constants
             or super().is_leaf_module(m, module_qualified_name)
         )
@@ -75,7 +87,7 @@ def _graphs(
     if module in seen:
         return
     seen.add(module)
-    tracer = _Tracer(constants)
+    tracer = _Tracer(constants, traced, module)
     if not isinstance(module, CONTAINERS):
         if not list(module.children()) or tracer.is_leaf_module(module, name):
             return
