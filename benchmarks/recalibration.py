@@ -4,7 +4,6 @@ Each tool passes the same batches through the same network, in one process, in t
 the ratio of each pair. The error is the largest one of a first-layer mean and variance, in standard
 deviations and relative, against float64 over all images at once.
 
-
     [THP_MEM_ALLOC_ENABLE=1] python benchmarks/recalibration.py [--rounds 7] [--json FILE]
 """
 
