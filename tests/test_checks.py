@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -113,6 +114,28 @@ class TestTheModelComesBack:
             with pytest.raises(KeyboardInterrupt):
                 batchnorm.check(model, loader())
         self.same(before, self.snapshot(model))
+
+    def test_a_loader_with_a_generator_shuffles_as_it_would(self, model):
+        generator = torch.Generator().manual_seed(3)
+        data = torch.randn(16, 3, 32, 32, generator=torch.Generator())
+        loader = torch.utils.data.DataLoader(data, 4, shuffle=True, generator=generator)
+        state, drawn = generator.get_state(), random.getstate()
+        batchnorm.check(model, loader)
+        assert torch.equal(generator.get_state(), state)
+        assert random.getstate() == drawn
+
+    def test_a_forward_that_writes_into_parameters_is_told_of(self, caplog):
+        class Writes(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = nn.BatchNorm1d(3)
+
+            def forward(self, x):
+                self.norm.weight.mul_(2)
+                return self.norm(x)
+
+        batchnorm.check(Writes(), [torch.randn(4, 3)])
+        assert "writes into its parameters" in caplog.text
 
     def test_also_when_the_model_raises(self, model):
         before = self.snapshot(model)
@@ -521,3 +544,86 @@ class TestWatching:
             model(cases.images())
         (root,) = watching._roots.values()
         assert root.seen.forwards[True, True] == 4
+
+    def test_the_layers_gaps_become_scalars(self):
+        class Writer:
+            def __init__(self):
+                self.scalars = []
+
+            def add_scalar(self, tag, value, step):
+                self.scalars.append((tag, value, step))
+
+        writer, model = Writer(), cases.network().train()
+        with batchnorm.watch(model, every=5, writer=writer):
+            cases.steps(cases.Situation(model), 20)
+        tags = {tag for tag, _, _ in writer.scalars}
+        assert tags == {"batchnorm/1/gap", "batchnorm/4/gap"}
+        assert {step for _, _, step in writer.scalars} >= {5, 10, 15}
+        assert all(0 <= value < 10 for _, value, _ in writer.scalars)
+
+    @pytest.mark.filterwarnings("ignore")  # Lightning's own: few workers, few batches
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_lightning_s_callback(self, tmp_path, capsys, fails):
+        import lightning
+        from torch.utils.data import DataLoader
+
+        from batchnorm.checks.callback import WatchCallback
+
+        class Module(lightning.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.model = cases.network()
+                self.model[1].momentum = 0.9
+
+            def training_step(self, batch, index):
+                if fails and index == 2:
+                    raise ValueError("here")
+                return self.model(batch[0]).square().mean()
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.01)
+
+        callback = WatchCallback(select=["BN011"])
+        trainer = lightning.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+            callbacks=[callback],
+        )  # fmt: skip
+        loader = DataLoader(torch.utils.data.TensorDataset(cases.images()), 16)
+        if fails:
+            with pytest.raises(ValueError, match="here"):
+                trainer.fit(Module(), loader)
+        else:
+            trainer.fit(Module(), loader)
+        assert [f.layer for f in callback.findings] == ["model.1"]
+        assert "BN011 warning" in capsys.readouterr().err
+
+
+def load_scripts():
+    """benchmarks/scripts.py."""
+    spec = importlib.util.spec_from_file_location(
+        "five_scripts", ROOT / "benchmarks" / "scripts.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+five = load_scripts()
+FOUND = {
+    "1": "BN002 error",
+    "2": "BN011 warning",
+    "3": "BN003 warning",
+    "4": "BN006 error",
+    "5": "BN016 warning",
+}
+
+
+@pytest.mark.parametrize("pair", five.pairs(), ids=lambda pair: pair[0].stem)
+def test_the_five_scripts_are_found_and_repaired(pair):
+    broken, repaired = pair
+    assert FOUND[broken.name[0]] in five.run(broken)
+    assert "BN0" not in five.run(repaired)
+    page = (ROOT / "docs" / "five-scripts.md").read_text(encoding="utf-8")
+    assert f"$ batchnorm watch {broken.name}" in page
+    assert f"$ batchnorm watch {repaired.name}" in page

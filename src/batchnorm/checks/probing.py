@@ -3,7 +3,7 @@
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ def probe(subject: Subject, loader: Iterable[Any], forward: Forward | None, samp
     """Read a few batches of the loader and look at every layer's input and at the outputs."""
     model, forward = subject.model, forward or run
     found = Probe()
-    with unchanged(model), torch.no_grad():
+    with unchanged(model), _generators_kept(loader), torch.no_grad():
         batches = list(_some(loader, samples))
         if not batches:
             return found
@@ -37,6 +37,22 @@ def probe(subject: Subject, loader: Iterable[Any], forward: Forward | None, samp
             found.alone = _alone(model, batches[0][0], forward)
             _compare(subject, collector, batches, forward, found)
     return found
+
+
+@contextmanager
+def _generators_kept(loader: Any) -> Iterator[None]:
+    """A loader may shuffle by a random generator of its own."""
+    holders = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    found = {
+        generator: generator.get_state()
+        for holder in holders
+        if isinstance(generator := getattr(holder, "generator", None), torch.Generator)
+    }
+    try:
+        yield
+    finally:
+        for generator, state in found.items():
+            generator.set_state(state)
 
 
 def _some(loader: Iterable[Any], samples: int) -> Iterator[tuple[Any, int]]:
