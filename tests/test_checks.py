@@ -448,7 +448,7 @@ SCRIPT = """
 import sys, torch
 from torch import nn
 
-print("arguments", sys.argv[1:], __name__)
+print("arguments", sys.argv, __name__, __file__)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=0.9), nn.Flatten(), nn.Linear(144, 2))
 {compiled}

@@ -38,7 +38,7 @@ def _run(script: str, module: bool) -> int:
         if module:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
-            runpy.run_path(script, run_name="__main__")
+            runpy.run_path(os.path.abspath(script), run_name="__main__")  # noqa: PTH100  # links stay
     except SystemExit as end:
         return _status(end)
     except KeyboardInterrupt:
