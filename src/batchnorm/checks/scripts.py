@@ -5,6 +5,7 @@ import runpy
 import sys
 import traceback
 from pathlib import Path
+from types import ModuleType
 
 from batchnorm.checks.watching import Watch, watch
 from batchnorm.errors import BatchNormError
@@ -38,7 +39,7 @@ def _run(script: str, module: bool) -> int:
         if module:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
-            runpy.run_path(os.path.abspath(script), run_name="__main__")  # noqa: PTH100  # links stay
+            _run_path(Path(os.path.abspath(script)))  # noqa: PTH100  # links stay
     except SystemExit as end:
         return _status(end)
     except KeyboardInterrupt:
@@ -47,6 +48,18 @@ def _run(script: str, module: bool) -> int:
         _print(error)
         return 1
     return 0
+
+
+def _run_path(path: Path) -> None:
+    """As `runpy.run_path`, which would write the whole path into sys.argv."""
+    main = ModuleType("__main__")
+    main.__file__ = str(path)
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = main
+    try:
+        exec(compile(path.read_bytes(), path, "exec"), vars(main))  # noqa: S102  # the user's script
+    finally:
+        sys.modules["__main__"] = before
 
 
 def _status(end: SystemExit) -> int:
