@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from statistics import median
 from typing import Any, overload
 
 import torch
@@ -243,7 +242,7 @@ def _with_cost(row: Row, cost: _Cost, kept: int, seconds: float) -> Row:
         calls=len(cost.values),
         values=min(cost.values, default=None),
         drift=cost.drift,
-        time=median(cost.seconds) / seconds if cost.seconds else 0.0,
+        time=_median(cost.seconds) / seconds if cost.seconds else 0.0,
         memory=cost.bytes / kept if kept else None,
     )
 
@@ -308,7 +307,11 @@ def _time(model: nn.Module, inputs: Any, costs: dict[nn.Module, _Cost]) -> float
             totals.append(clock() - begin)
             for layer, seconds in spent.items():
                 costs[layer].seconds.append(seconds)
-    return median(totals)
+    return _median(totals)
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def _clock(model: nn.Module) -> Callable[[], float]:
