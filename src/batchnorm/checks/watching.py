@@ -61,8 +61,9 @@ class Watch:
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Before a module's forward."""
-        if torch.compiler.is_compiling() or module in self._known:
-            return  # what is compiled calls no hook: of such a model only the whole is seen
+        # what is compiled calls no hook: of such a model only the whole is seen
+        if module in self._known or torch.compiler.is_compiling():
+            return
         if module not in self._entries and module not in self._owners:
             self._meet(module)
         if (entered := self._entries.get(module)) is not None and not _recomputing():
