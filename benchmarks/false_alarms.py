@@ -32,7 +32,6 @@ from batchnorm.lab import networks
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "false-alarms.md"
-SLOW = ("keypointrcnn", "maskrcnn", "s3d")  # minutes each, for backbones that are here anyhow
 RECORD = ROOT / "runs" / "false-alarms.jsonl"  # a line a model, so that a run that stops goes on
 
 
@@ -302,8 +301,6 @@ def cases() -> dict[str, tuple[str, Callable[[], list[Findings]]]]:
         name: ("training", partial(_alone, run)) for name, run in TRAININGS.items()
     }
     for name, (group, build) in models.all_models().items():
-        if name.startswith(SLOW):
-            continue
         found[name] = (group, partial(of_model, group, build))
     return found
 

@@ -190,6 +190,23 @@ class Twice(nn.Module):
         return y.mean((2, 3))
 
 
+class Branching(nn.Module):
+    """A synchronised norm that every other batch goes around."""
+
+    def __init__(self, *, always: bool = False) -> None:
+        super().__init__()
+        self.net = batchnorm.convert(network(), to="sync")
+        self.extra = nn.SyncBatchNorm(3)
+        self.always = always
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.count += 1
+        if self.always or self.count % 2:
+            x = self.extra(x)
+        return self.net(x)
+
+
 class Sequences(nn.Module):
     """A convolution over time, which knows nothing of lengths."""
 
@@ -494,6 +511,12 @@ CASES = [
         lambda: Situation(parallel(network(), [0, 1])),
         lambda: Situation(parallel(network(), [0])),
         lambda s: Situation(s.model.module),  # type: ignore[arg-type]  # a module
+    ),
+    Case(
+        "BN026",
+        lambda: training(Branching(), count=20),
+        lambda: training(Branching(always=True), count=20),
+        lambda _: training(Branching(always=True), count=20),
     ),
     Case(
         "BN027",

@@ -73,6 +73,8 @@ class Training:
     smallest: dict[Layer, int] = field(default_factory=dict)  # values per channel, in training
     thawed: set[Layer] = field(default_factory=set)  # in evaluation mode at one step, later not
     drift: dict[Layer, float] = field(default_factory=dict)  # see `watching`, of the last looks
+    # synchronised norm -> its calls in a step, beside those of the most called one -> steps
+    synced: dict[Layer, Counter[tuple[int, int]]] = field(default_factory=dict)
 
 
 @dataclass

@@ -143,6 +143,8 @@ class _Root:
         self._looking = True
         self._blind = False  # since the last step
         self._layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+        # since the last step
+        self._synced = Counter({m: 0 for m in self._layers if isinstance(m, nn.SyncBatchNorm)})
 
     def take(self, other: "_Root") -> None:
         """A part that ran by itself before the whole did."""
@@ -162,6 +164,8 @@ class _Root:
         if calls is None:
             calls = seen.calls[layer] = Counter()
         calls[training and layer.track_running_stats, torch.is_grad_enabled()] += 1
+        if training and layer in self._synced:
+            self._synced[layer] += 1
         if not training or not isinstance(x, Tensor) or x.dim() < 2 or not torch.is_grad_enabled():
             return
         values = x.numel() // max(x.shape[1], 1)
@@ -179,6 +183,10 @@ class _Root:
         self.seen.blind_steps += self._blind
         self._blind = False
         self._looking = self.seen.steps % every == 0
+        if most := max(self._synced.values(), default=0):
+            for layer, count in self._synced.items():
+                self.seen.synced.setdefault(layer, Counter())[count, most] += 1
+                self._synced[layer] = 0
         if not self.module.training:
             return
         for layer in self._layers:

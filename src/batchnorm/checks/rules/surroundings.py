@@ -1,5 +1,6 @@
 """Rules about what a model is wrapped in, run on, and shipped as."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import distributed, nn
@@ -42,6 +43,41 @@ def statistics_of_one_device(subject: Subject) -> Iterator[Evidence]:
                 yield Evidence(
                     path, f"broadcast_buffers=False with {len(unsynced)} unsynchronised norms"
                 )
+
+
+@rule(
+    "BN026",
+    "A synchronised norm that is not called in every step.",
+    needs=("training",),
+    remedy="""
+    # call the layer in every step, on every process, and choose between the results
+    y = torch.where(condition, branch(x), x)
+    """,
+)
+def uneven_calls_of_sync(subject: Subject) -> Iterator[Evidence]:
+    """Every process waits in a synchronised norm until all others have called it, too.
+
+    Where a condition on the data decides whether it is called, a process that goes the other way
+    leaves the rest waiting for ever, or answers the call of the next layer with its own. Seen from
+    one process: in some steps it is called as often as the other synchronised norms, in others less
+    (a last accumulation that is shorter shortens all alike, and is not meant). With a single
+    synchronised norm in the model there is nothing to compare with, and its steps without a call
+    are not seen.
+    """
+    seen = subject.training
+    for layer, steps in (seen.synced if seen is not None else {}).items():
+        shares: Counter[float] = Counter()
+        for (count, most), times in steps.items():
+            shares[count / most] += times
+        if len(shares) < 2 or layer not in subject.names:
+            continue
+        usual = max(shares, key=lambda share: shares[share])
+        text = (
+            f"called {usual:.3g} times as often as the most called synchronised norm in "
+            f"{shares[usual]} steps, not so in {shares.total() - shares[usual]}"
+        )
+        numbers = {"steps": shares.total(), "uneven": shares.total() - shares[usual]}
+        yield Evidence(subject.names[layer], text, numbers)
 
 
 @rule(
