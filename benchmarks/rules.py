@@ -196,14 +196,14 @@ class Branching(nn.Module):
     def __init__(self, *, always: bool = False) -> None:
         super().__init__()
         self.net = batchnorm.convert(network(), to="sync")
-        self.extra = nn.SyncBatchNorm(3)
+        self.branch = nn.SyncBatchNorm(3)
         self.always = always
         self.count = 0
 
     def forward(self, x: Tensor) -> Any:
         self.count += 1
         if self.always or self.count % 2:
-            x = self.extra(x)
+            x = self.branch(x)
         return self.net(x)
 
 
