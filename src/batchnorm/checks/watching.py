@@ -184,9 +184,9 @@ class _Root:
         self._blind = False
         self._looking = self.seen.steps % every == 0
         if most := max(self._synced.values(), default=0):
-            for layer, count in self._synced.items():
-                self.seen.synced.setdefault(layer, Counter())[count, most] += 1
-                self._synced[layer] = 0
+            for sync, count in self._synced.items():
+                self.seen.synced.setdefault(sync, Counter())[count, most] += 1
+                self._synced[sync] = 0
         if not self.module.training:
             return
         for layer in self._layers:
