@@ -21,12 +21,14 @@ lint: $(VENV)/dev-installed  ## formatter, linter, type checker
 bench: $(VENV)/dev-installed  ## the note's way of training beside ours
 	$(BIN)/python benchmarks/lenet.py
 
-$(VENV)/demo-installed: pyproject.toml constraints.txt
+KERNELS := CMakeLists.txt $(wildcard src/batchnorm/kernels/cpu/*)
+
+$(VENV)/demo-installed: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
 	touch $@
 
-$(VENV)/dev-installed: pyproject.toml constraints.txt
+$(VENV)/dev-installed: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,export,dev]'
 	touch $@ $(VENV)/demo-installed

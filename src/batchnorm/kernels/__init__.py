@@ -6,16 +6,22 @@ training, updates the running statistics where it has the batch's variance in ha
 digit left once var ≪ eps.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchnorm.kernels import native
+from batchnorm.kernels.activations import ACTIVATIONS, IN_PLACE
+
 
 def backend() -> str:
-    """The name of what computes batch normalization in this process: `torch`, its own operator."""
-    return "torch"
+    """What computes batch normalization of plain CPU tensors in this process.
+
+    `native, avx512` (or avx2, baseline): the kernels, and the instruction set they use; `torch`:
+    torch's own operator, which also serves every other device and whatever traces or transforms.
+    The environment chooses otherwise: BATCHNORM_BACKEND=torch, BATCHNORM_ISA=baseline.
+    """
+    return native.BACKEND
 
 
 def batch_norm(
@@ -31,6 +37,19 @@ def batch_norm(
     activation: str | None,
 ) -> Tensor:
     """Normalize x: (N, C, *spatial); see `batchnorm.batch_norm` for the equations."""
+    if native.NATIVE and native.fits(x, running_mean, running_var, weight, bias, residual):
+        return native.batch_norm(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual,
+            activation,
+        )
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is None and activation is None:
         return y
@@ -46,28 +65,13 @@ def batch_norm(
     return ACTIVATIONS[activation](y) if in_place is None else in_place(y)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "hardswish": F.hardswish,
-}
-# those whose gradient is a function of what they give
-IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "sigmoid": torch.sigmoid_,
-    "tanh": torch.tanh_,
-}
-
-
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """mean = Σ x / M,  var_biased = Σ (x − mean)² / M: (C,) each, float32 at least.
 
     x: (N, C, *spatial), M = N · prod(spatial) values per channel, 1 or more.
     """
+    if native.NATIVE and native.fits(x, None, None, None, None, None):
+        return native.moments(x)
     x = x if x.dtype in {torch.float32, torch.float64} else x.float()
     if x.device.type not in {"cpu", "cuda"}:
         return _moments_of_two_passes(x)

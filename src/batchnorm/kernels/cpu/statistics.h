@@ -1,0 +1,100 @@
+// Sums that keep their digits: chunks in vectors, merged in double.
+//
+// Included inside an anonymous namespace, behind simd.h.
+
+constexpr std::int64_t CHUNK = 8192;   // elements of a channel that are summed in float
+constexpr std::int64_t OPENING = 256;  // whose mean is the first shift
+
+// Mean and Σ (x − mean)² of what was seen, as Chan, Golub & LeVeque (1983) merge them. A chunk is
+// summed about a shift near its mean: the elements behind the shift are part of the data, so that
+// (shift − mean)² per element is never more than a small multiple of the variance.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+
+  void merge(double other_count, double other_mean, double other_squares) {
+    if (other_count == 0) return;
+    const double total = count + other_count, delta = other_mean - mean;
+    mean += delta * (other_count / total);
+    squares += other_squares + delta * delta * (count * other_count / total);
+    count = total;
+  }
+
+  // Σ (x − shift) and Σ (x − shift)² of a chunk.
+  void merge_sums(double chunk_count, double shift, double sum, double about_shift) {
+    const double excess = about_shift - sum * (sum / chunk_count);
+    merge(chunk_count, shift + sum / chunk_count, excess < 0 ? 0 : excess);
+  }
+};
+
+inline bool finite(double value) { return value - value == 0; }
+
+// The numbers of one channel that every element meets. The mean is split in two, since what float
+// keeps of a mean of 1e6 is worth 0.06: y = (x − high) · scale + shift.
+template <class A> struct Affine {
+  A high, scale, shift;
+};
+
+template <class A> inline Affine<A> affine_of(const Job& job, std::int64_t c) {
+  const double mean = job.mean[c];
+  const A high = static_cast<A>(mean);
+  const double scale = job.weight[c] * job.invstd[c];
+  const double low = finite(mean) ? mean - static_cast<double>(high) : 0;
+  return {high, static_cast<A>(scale), static_cast<A>(job.bias[c] - low * scale)};
+}
+
+// dx = g · scale + (x − high) · slope + offset.
+template <class A> struct Slope {
+  A scale, slope, offset;
+};
+
+template <class A> inline Slope<A> slope_of(const Job& job, std::int64_t c) {
+  const double scale = job.weight[c] * job.invstd[c];
+  if (!job.training) return {static_cast<A>(scale), 0, 0};
+  const double count = static_cast<double>(job.batch) * static_cast<double>(job.plane);
+  const double slope = -scale * job.invstd[c] * job.invstd[c] * job.dot[c] / count;
+  const double low = job.mean[c] - static_cast<double>(static_cast<A>(job.mean[c]));
+  const double offset = -scale * job.sum[c] / count - slope * low;
+  return {static_cast<A>(scale), static_cast<A>(slope), static_cast<A>(offset)};
+}
+
+inline void finish_moments(const Job& job, std::int64_t c, const Moments& moments) {
+  job.mean[c] = moments.mean;
+  job.var[c] = moments.squares / moments.count;
+  job.invstd[c] = 1 / __builtin_sqrt(job.var[c] + job.eps);
+}
+
+// Σ g and Σ g·(x − high), as float sums of chunks.
+struct Sums {
+  double sum = 0, dot = 0;
+};
+
+inline void finish_sums(const Job& job, std::int64_t c, const Sums& sums, double high) {
+  job.sum[c] = sums.sum;
+  job.dot[c] = sums.dot - (job.mean[c] - high) * sums.sum;
+}
+
+// One storage type, one activation, with a residual or not: what is done to a run of elements of one
+// channel.
+template <class T, Activation ACTIVATION, bool RESIDUAL> struct Run {
+  using A = ComputedIn<T>;
+  using V = Vector<A>;
+  static constexpr int L = LANES<A>;
+  static constexpr Source SOURCE = source_of(ACTIVATION, RESIDUAL);
+  static constexpr bool KEEPS = keeps_gradient(ACTIVATION, RESIDUAL);
+  static constexpr bool READS_EXTRA = SOURCE != Source::x;
+
+  static V forward(V x, V high, V scale, V shift, V residual) {
+    V z = fma<A>(x - high, scale, shift);
+    if constexpr (RESIDUAL) z += residual;
+    return activate<A, ACTIVATION>(z);
+  }
+
+  // `centred` is x − high; `extra` what SOURCE says.
+  static V gradient(V dy, V centred, V scale, V shift, V extra) {
+    if constexpr (ACTIVATION == Activation::none) return dy;
+    if constexpr (SOURCE == Source::y) return gradient_of<A, ACTIVATION>(dy, extra);
+    V z = fma<A>(centred, scale, shift);
+    if constexpr (SOURCE == Source::residual) z += extra;
+    return gradient_of<A, ACTIVATION>(dy, z);
+  }
+};

@@ -1,0 +1,359 @@
+"""The native kernels on CPU tensors: which they take, in which layout, and the gradient.
+
+For backward are saved: x, the statistics, and what the activation's derivative is a function of: y
+for sigmoid and tanh, and for ReLU behind a residual; the residual for the others behind one; nothing
+more for a plain ReLU, whose sign is computed again. What torch saves between normalization and
+activation is not there at all.
+"""
+
+import logging
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from batchnorm.errors import BatchNormError
+from batchnorm.kernels.activations import ACTIVATIONS, DERIVATIVES
+
+try:
+    from batchnorm.kernels import _cpu
+except ImportError:  # installed without a compiler
+    _cpu = None  # type: ignore[assignment]
+
+log = logging.getLogger("batchnorm")
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+CODES = {
+    name: code
+    for code, name in enumerate(
+        (None, "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "hardswish")
+    )
+}
+SAVES_Y = {("relu", True), ("leaky_relu", True)} | {
+    (name, behind) for name in ("sigmoid", "tanh") for behind in (True, False)
+}
+SAVES_RESIDUAL = {(name, True) for name in ("silu", "gelu", "hardswish")}
+KEEPS_GRADIENT = {"silu", "gelu"}
+
+
+def _backend() -> str:
+    if os.environ.get("BATCHNORM_BACKEND") == "torch":
+        return "torch"
+    if _cpu is None:
+        log.info("batchnorm was installed without its native kernels: torch's operator runs")
+        return "torch"
+    try:
+        return f"native, {_cpu.isa()}"
+    except RuntimeError as error:
+        raise BatchNormError(f"{error}.") from error
+
+
+BACKEND = _backend()
+NATIVE = BACKEND != "torch"
+
+
+def fits(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> bool:
+    """Whether these are plain CPU tensors, and nobody looks at what is done with them."""
+    return (
+        NATIVE
+        and _plain(x)
+        and x.numel() > 0
+        and (residual is None or _plain(residual))
+        and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
+        and _pair(weight, bias)
+        and _pair(running_mean, running_var)
+        and not transformed()
+    )
+
+
+def transformed() -> bool:
+    """Under a tracer, a compiler, a transform or a mode that has to see torch's own operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()  # noqa: SLF001  # torch has no public ways
+        or torch._C._len_torch_dispatch_stack() > 0  # noqa: SLF001
+        or torch._C._is_tracing()  # noqa: SLF001
+        or forward_ad._current_level >= 0  # noqa: SLF001
+    )
+
+
+def _plain(x: Tensor) -> bool:
+    # a subclass may be a wrapper around something else than memory
+    return (
+        (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and x.is_cpu
+        and x.dtype in DTYPES
+        and x.layout is torch.strided
+    )
+
+
+def _pair(a: Tensor | None, b: Tensor | None) -> bool:
+    """Both None, or contiguous and of one dtype."""
+    for each in (a, b):
+        if each is not None and not (_plain_vector(each)):
+            return False
+    return a is None or b is None or a.dtype is b.dtype
+
+
+def _plain_vector(x: Tensor) -> bool:
+    return (
+        (type(x) is torch.nn.Parameter or type(x) is Tensor or type(x) is torch.nn.Buffer)
+        and x.is_cpu
+        and x.dtype in DTYPES
+        and x.is_contiguous()
+    )
+
+
+class Layout(NamedTuple):
+    """How the memory lies: rows are (batch, channels), planes (batch, channels, plane)."""
+
+    rows: bool
+    batch: int
+    channels: int
+    plane: int
+
+
+def layout_of(x: Tensor) -> Layout | None:
+    """None where the memory has to be copied first."""
+    shape = x.shape
+    batch, channels = shape[0], shape[1]
+    if x.is_contiguous():
+        plane = x.numel() // (batch * channels)
+        return Layout(plane == 1, batch, channels, plane)
+    if (len(shape) == 4 and x.is_contiguous(memory_format=torch.channels_last)) or (
+        len(shape) == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
+    ):
+        return Layout(True, x.numel() // channels, channels, 1)
+    return None
+
+
+def _dense(x: Tensor) -> tuple[Tensor, Layout]:
+    layout = layout_of(x)
+    if layout is None:
+        x = x.contiguous(memory_format=_format(x))
+        layout = layout_of(x)
+        assert layout is not None  # noqa: S101  # for the type checker
+    return x, layout
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """Of a slice or a view: that of what it is a part of."""
+    likely = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return likely if likely is not None and x.stride(1) == 1 else torch.contiguous_format
+
+
+def _like(x: Tensor, model: Tensor) -> Tensor:
+    """x in the memory layout of `model`."""
+    return x if x.stride() == model.stride() else torch.empty_like(model).copy_(x)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _code(a: Tensor | None, b: Tensor | None) -> int:
+    return DTYPES[a.dtype] if a is not None else DTYPES[b.dtype] if b is not None else 0
+
+
+def forward(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """y, and statistics: (3, C), the mean, biased variance and 1 / √(var + eps) that were used."""
+    x, layout = _dense(x)
+    y = torch.empty_like(x)
+    statistics = torch.empty((3, layout.channels), dtype=torch.float64)
+    if residual is not None:
+        residual = _like(residual, x)
+    _cpu.forward(
+        DTYPES[x.dtype],
+        *layout,
+        torch.get_num_threads(),
+        x.data_ptr(),
+        _address(residual),
+        y.data_ptr(),
+        _address(weight),
+        _address(bias),
+        _code(weight, bias),
+        _address(running_mean),
+        _address(running_var),
+        _code(running_mean, running_var),
+        statistics.data_ptr(),
+        training,
+        momentum,
+        eps,
+        CODES[activation],
+    )
+    return y, statistics
+
+
+class BatchNorm(torch.autograd.Function):
+    """The forward pass with a gradient."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]  # torch types it with *args
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        activation: str | None,
+    ) -> Tensor:
+        y, statistics = forward(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual,
+            activation,
+        )
+        kind = (activation, residual is not None)
+        extra = y if kind in SAVES_Y else residual if kind in SAVES_RESIDUAL else None
+        ctx.save_for_backward(x, weight, bias, statistics, extra)
+        ctx.training, ctx.eps, ctx.kind = training, eps, kind
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, weight, bias, statistics, extra = ctx.saved_tensors
+        nothing = (None,) * 6
+        if torch.is_grad_enabled() or transformed() or not _plain(dy):
+            return *_differentiable(ctx, dy), *nothing
+        needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        activation, behind = ctx.kind
+        keeps = activation is not None and behind
+        x, layout = _dense(x)
+        dy = _like(dy, x)
+        if extra is not None:
+            extra = _like(extra, x)
+        dx = torch.empty_like(x) if needs_x or activation in KEEPS_GRADIENT else None
+        gradient = torch.empty_like(x) if keeps else dx if activation in KEEPS_GRADIENT else None
+        dweight = torch.empty_like(weight) if needs_weight else None
+        dbias = torch.empty_like(bias) if needs_bias else None
+        _cpu.backward(
+            DTYPES[x.dtype],
+            *layout,
+            torch.get_num_threads(),
+            x.data_ptr(),
+            dy.data_ptr(),
+            _address(extra),
+            _address(dx),
+            _address(gradient),
+            _address(weight),
+            _address(bias),
+            _code(weight, bias),
+            _address(dweight),
+            _address(dbias),
+            statistics.data_ptr(),
+            ctx.training,
+            CODES[activation],
+            behind,
+        )
+        dresidual = None if not needs_residual else gradient if keeps else dy
+        return dx if needs_x else None, dweight, dbias, dresidual, *nothing
+
+
+def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    """The gradients of x, weight, bias and residual by torch's operators, which have their own."""
+    x, weight, bias, statistics, extra = ctx.saved_tensors
+    activation, behind = ctx.kind
+    needed = ctx.needs_input_grad[:4]
+    residual = extra if ctx.kind in SAVES_RESIDUAL else None
+    with torch.enable_grad():
+        # another name for each, since one tensor may be both x and residual
+        inputs = [None if v is None else v.view_as(v) for v in (x, weight, bias, residual)]
+        x, weight, bias, residual = inputs
+        running = (None, None)
+        if not ctx.training:
+            running = statistics[:2].to(torch.promote_types(x.dtype, torch.float32))
+        y = F.batch_norm(x, *running, weight, bias, ctx.training, 0.0, ctx.eps)
+        if residual is not None:
+            y = y + residual
+        g = dy
+        if ctx.kind in SAVES_Y:
+            g = DERIVATIVES[activation](dy, extra)
+        elif activation is not None:
+            y = ACTIVATIONS[activation](y)
+        wanted = [v for v, need in zip(inputs, needed, strict=True) if need and v is not None]
+        found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+    gradients = [
+        next(found) if need and v is not None else None
+        for v, need in zip(inputs, needed, strict=True)
+    ]
+    if behind and needed[3] and residual is None:
+        gradients[3] = g
+    return gradients
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """As `kernels.batch_norm`, for what `fits`."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        y: Tensor = BatchNorm.apply(  # type: ignore[no-untyped-call]
+            x,
+            weight,
+            bias,
+            residual,
+            running_mean,
+            running_var,
+            training,
+            momentum,
+            eps,
+            activation,
+        )
+        return y
+    return forward(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
+    )[0]
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and var_biased: (C,), float64."""
+    x, layout = _dense(x)
+    statistics = torch.empty((3, layout.channels), dtype=torch.float64)
+    _cpu.moments(
+        DTYPES[x.dtype], *layout, torch.get_num_threads(), x.data_ptr(), statistics.data_ptr()
+    )
+    return statistics[0], statistics[1]
