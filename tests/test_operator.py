@@ -1,5 +1,8 @@
 """`batch_norm` wherever torch's goes: its own samples, dtypes, layouts, transforms, devices."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import batchnorm
 from batchnorm import reference
-from tolerance import assert_near
+from tolerance import assert_near, assert_no_worse
 
 (TORCHS,) = [
     op for op in op_db if op.name == "nn.functional.batch_norm" and not op.variant_test_name
@@ -18,11 +21,12 @@ from tolerance import assert_near
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def clones(value):
-    """Independent copies of tensors, and everything else as it is."""
+def clones(value, *, wide=False):
+    """Independent copies of tensors, in float64 if asked, and everything else as it is."""
     if not isinstance(value, torch.Tensor):
         return value
-    return value.detach().clone().requires_grad_(value.requires_grad)
+    twin = value.detach().double() if wide else value.detach().clone()
+    return twin.requires_grad_(value.requires_grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -31,16 +35,19 @@ def test_torchs_own_operator_samples(dtype):
     assert len(samples) > 10
     for sample in samples:
         results = []
-        for function in (batchnorm.batch_norm, F.batch_norm):
-            x, *args = map(clones, (sample.input, *sample.args))
-            kwargs = {name: clones(value) for name, value in sample.kwargs.items()}
+        for function, wide in ((batchnorm.batch_norm, 0), (F.batch_norm, 0), (F.batch_norm, 1)):
+            x, *args = map(partial(clones, wide=wide), (sample.input, *sample.args))
+            kwargs = {name: clones(value, wide=wide) for name, value in sample.kwargs.items()}
             y = function(x, *args, **kwargs)
-            y.sum().backward()
+            weights = torch.arange(y.numel(), dtype=y.dtype).reshape(y.shape) % 7 - 3
+            (y * weights).sum().backward()
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-            results.append([y, x.grad, *tensors, *(t.grad for t in tensors)])
-        for mine, theirs in zip(*results, strict=True):
+            found = [y, x.grad, *tensors, *(t.grad for t in tensors)]
+            results.append([None if t is None else t.detach() for t in found])
+        count = max(sample.input.numel() // max(sample.input.shape[-1], 1), 1)
+        for mine, theirs, exact in zip(*results, strict=True):
             if mine is not None or theirs is not None:
-                torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+                assert_no_worse(mine, theirs, exact, count)
 
 
 def layers(rank, dtype=torch.float32, **options):
@@ -65,10 +72,14 @@ SHAPES = [(7, 3), (2, 3, 5), (4, 3, 6, 5), (2, 3, 3, 2, 4)]
 def test_half_inputs_with_float_parameters_are_summed_in_float(shape, dtype, training):
     ours, theirs = layers(len(shape))
     x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 1).to(dtype)
+    exact = copy.deepcopy(theirs).double().train(training)
     y = ours.train(training)(x)
     assert y.dtype == dtype
-    torch.testing.assert_close(y, theirs.train(training)(x), rtol=0, atol=0)
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    count = x.numel() // 3
+    assert_no_worse(y, theirs.train(training)(x), exact(x.double()), count)
+    for name, value in ours.state_dict().items():
+        other = theirs.state_dict()[name]
+        assert_no_worse(value, other, exact.state_dict()[name].double(), count)
     assert ours.running_mean.dtype == torch.float32
     if training:
         mean, _ = reference.moments(x.double())
@@ -86,8 +97,9 @@ def test_autocast_leaves_the_statistics_in_float():
         with torch.autocast("cpu", torch.bfloat16):
             results.append(model(x))
     assert results[0].dtype == torch.bfloat16
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-    torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=0, atol=0)
+    eps = torch.finfo(torch.bfloat16).eps  # a rounding may fall to the other side
+    torch.testing.assert_close(*results, rtol=eps, atol=eps)
+    torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-6, atol=0)
     assert ours.running_var.dtype == torch.float32
 
 
@@ -142,8 +154,10 @@ def test_what_is_not_finite_spreads_as_in_torch(value, training):
     x = torch.randn(2, 3, 4, 4)
     x[0, 1, 2, 2] = value
     y, y_twin = ours.train(training)(x), theirs.train(training)(x)
-    torch.testing.assert_close(y, y_twin, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(y, y_twin, equal_nan=True)
+    for name in ("running_mean", "running_var"):
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=0, equal_nan=True)
     assert y[:, [0, 2]].isfinite().all(), "other channels are untouched"
     assert y[:, 1].isfinite().any() != training
 

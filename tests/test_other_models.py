@@ -51,7 +51,9 @@ def test_every_tool_on_it(models, name, counts):
     assert float(line.difference) < 1e-12
     exportable = group != "detection" and "Conformer" not in name
     assert [small(line.exported), small(line.onnx)] == [exportable] * 2, line
-    assert re.fullmatch(rf"{line.norms}, 0", line.converted)
+    # as far apart as two right results in float32; back, the same bits, or the line would say so
+    count, difference = line.converted.split(", ")
+    assert (int(count), float(difference) < 1e-4) == (line.norms, True)
     assert all(
         small(each) or (each, group) == ("–", "detection") for each in line.fused.split(", ")[1:]
     )

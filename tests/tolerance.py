@@ -16,6 +16,22 @@ def bound(dtype: torch.dtype, count: int, scale: float = 1.0) -> float:
     return units * torch.finfo(dtype).eps * max(scale, 1.0)
 
 
+def assert_no_worse(actual: Tensor, theirs: Tensor, exact: Tensor, count: int) -> None:
+    """`actual` errs by no more than the larger of twice theirs and the bound; NaN where they have it."""
+    assert actual.dtype == theirs.dtype
+    assert actual.shape == theirs.shape
+    same = (actual == theirs) | (actual.isnan() & theirs.isnan())  # infinities, too
+    if bool(same.all()):
+        return
+    off = ~same
+    assert actual[off].isfinite().all()
+    largest = float(exact[exact.isfinite()].abs().max())
+    error = float((actual.double() - exact)[off].abs().max())
+    other = float((theirs.double() - exact)[off].abs().max())
+    allowed = max(2 * other, bound(actual.dtype, count, largest))
+    assert error <= allowed, f"error {error:.3g}, theirs {other:.3g}, allowed {allowed:.3g}"
+
+
 def assert_near(actual: Tensor, exact: Tensor, count: int, scale: float | None = None) -> None:
     """`actual` is as near to the float64 result as its dtype allows."""
     largest = float(exact.abs().max()) if scale is None and exact.numel() else scale or 1.0

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from batchnorm import kernels
 from batchnorm.errors import BatchNormError
+from batchnorm.kernels.activations import ACTIVATIONS
 
 
 def batch_norm(
@@ -68,8 +69,8 @@ def batch_norm(
             f"batch_norm: eps must be positive in training and not negative in evaluation, "
             f"but got eps={eps}. The default is 1e-5."
         )
-    if activation is not None and activation not in kernels.ACTIVATIONS:
-        known = ", ".join(kernels.ACTIVATIONS)
+    if activation is not None and activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
         raise BatchNormError(
             f"batch_norm got activation={activation!r} and wants one of {known}, or None."
         )

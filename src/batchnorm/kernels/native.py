@@ -209,7 +209,7 @@ class BatchNorm(torch.autograd.Function):
     """The forward pass with a gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # torch types it with *args
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
@@ -241,7 +241,7 @@ class BatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, statistics, extra = ctx.saved_tensors
         nothing = (None,) * 6
         if torch.is_grad_enabled() or transformed() or not _plain(dy):
@@ -288,7 +288,9 @@ def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     residual = extra if ctx.kind in SAVES_RESIDUAL else None
     with torch.enable_grad():
         # another name for each, since one tensor may be both x and residual
-        inputs = [None if v is None else v.view_as(v) for v in (x, weight, bias, residual)]
+        inputs: list[Any] = [
+            None if v is None else v.view_as(v) for v in (x, weight, bias, residual)
+        ]
         x, weight, bias, residual = inputs
         running = (None, None)
         if not ctx.training:
@@ -331,7 +333,7 @@ def batch_norm(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        y: Tensor = BatchNorm.apply(  # type: ignore[no-untyped-call]
+        y: Tensor = BatchNorm.apply(
             x,
             weight,
             bias,

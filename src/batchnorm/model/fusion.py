@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm import kernels, layers
+from batchnorm import layers
+from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.model.mixing import Mixin, mix, own_class, unmix
 
 LAYERS = (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.BatchNorm)
@@ -31,7 +32,7 @@ SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 IN_PLACE_SUMS = {operator.iadd, "add_"}
 # how an activation is called in a graph -> its name here; with default arguments only
 CALLS: dict[Any, str] = {
-    **{function: name for name, function in kernels.ACTIVATIONS.items()},
+    **{function: name for name, function in ACTIVATIONS.items()},
     torch.relu: "relu", "relu": "relu", "relu_": "relu", F.sigmoid: "sigmoid", "sigmoid": "sigmoid",
     "sigmoid_": "sigmoid", F.tanh: "tanh", "tanh": "tanh", "tanh_": "tanh",
 }  # fmt: skip
@@ -124,7 +125,7 @@ def normalize(norm: Any, x: Tensor, residual: Tensor | None, activation: str | N
     y: Tensor = norm(x)
     if residual is not None:
         y = y + residual
-    return y if activation is None else kernels.ACTIVATIONS[activation](y)
+    return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def activation_name(module: nn.Module) -> str | None:

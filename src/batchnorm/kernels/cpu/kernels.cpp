@@ -2,6 +2,8 @@
 
 #include "kernels.h"
 
+#include <type_traits>
+
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif

@@ -23,6 +23,14 @@ inline void for_pieces(const Job& job, std::int64_t n, std::int64_t c, Body body
     body(start + s, job.plane - s < CHUNK ? job.plane - s : CHUNK);
 }
 
+// Asks for a small plane of the next sample: the hardware looks ahead within a page, not across the
+// gap to the same channels of the next sample.
+template <class T> inline void ask_for(const T* plane, std::int64_t length) {
+  constexpr std::int64_t line = 64 / static_cast<std::int64_t>(sizeof(T));
+  if (length > 16 * line) return;
+  for (std::int64_t i = 0; i < length; i += line) __builtin_prefetch(plane + i);
+}
+
 template <class T> struct PlaneMoments {
   using A = ComputedIn<T>;
   using V = Vector<A>;
@@ -98,8 +106,10 @@ template <class T> struct PlaneMoments {
         for (int k = 0; k < channels; ++k) flush(k, held, moments[k]);
         held = 0;
       }
+      const std::int64_t next = n + 1 < part.end ? job.channels * job.plane : 0;
       for (int k = 0; k < channels; ++k)
         for_pieces(job, n, part.first + k, [&](std::int64_t from, std::int64_t length) {
+          ask_for(x + from + next, length);
           add(x + from, length, k);
           if (job.plane > CHUNK) flush(k, length, moments[k]);
         });
@@ -197,8 +207,12 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Planes : Run<T, 
     };
     std::int64_t held = 0;
     for (std::int64_t n = part.begin; n < part.end; ++n) {
+      const std::int64_t next = n + 1 < part.end ? job.channels * job.plane : 0;
       for (int k = 0; k < channels; ++k)
         for_pieces(job, n, part.first + k, [&](std::int64_t from, std::int64_t length) {
+          ask_for(x + from + next, length);
+          ask_for(dy + from + next, length);
+          if constexpr (READS_EXTRA) ask_for(extra + from + next, length);
           reduce_run(x, dy, extra, kept, from, length, affine[k], sum[k], dot[k]);
           if (job.plane > CHUNK) flush(k);
         });

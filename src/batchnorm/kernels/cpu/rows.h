@@ -4,9 +4,10 @@
 // a time, with a sum for every column in the first-level cache. Rows that are no multiple of a vector
 // are taken several as one wide row, so that hardly anything needs a mask.
 
-constexpr std::int64_t BLOCK_BYTES = 256 * 1024;  // rows between two merges
-constexpr std::int64_t WIDE = 2048;               // elements of a wide row, at most
-constexpr int TOGETHER = 4;                       // rows
+constexpr std::int64_t WIDE = 2048;      // elements of a wide row, at most
+constexpr std::int64_t WIDE_ROWS = 512;  // that are summed in float, between two merges
+constexpr std::int64_t STEP = 131072;    // elements of a block of the second sweep
+constexpr int TOGETHER = 4;              // rows of the first one
 
 struct Widths {
   std::int64_t rows;    // in a wide row
@@ -55,23 +56,30 @@ template <class Body> inline void over_rows(const Job& job, int threads, const B
   }, &state);
 }
 
-// Body(start, width, count): `count` wide rows of `width` elements from `start`, four at a time, then
-// single ones, then the rows that make no wide one; in memory order or from the end.
-template <bool REVERSE, class Four, class One>
+// Wide rows in memory order: four at a time, then single ones, then the rows that make no wide one.
+template <class Four, class One>
 inline void for_rows(std::int64_t from, std::int64_t to, std::int64_t channels, const Widths& wide,
                      const Four& four, const One& one) {
   const std::int64_t start = from * channels, wides = (to - from) / wide.rows;
   const std::int64_t fours = wides / TOGETHER;
   const std::int64_t rest = ((to - from) - wides * wide.rows) * channels;
-  if constexpr (REVERSE) {
-    if (rest > 0) one(start + wides * wide.width, rest);
-    for (std::int64_t i = wides; i-- > fours * TOGETHER;) one(start + i * wide.width, wide.width);
-    for (std::int64_t i = fours; i-- > 0;) four(start + i * TOGETHER * wide.width);
-  } else {
-    for (std::int64_t i = 0; i < fours; ++i) four(start + i * TOGETHER * wide.width);
-    for (std::int64_t i = fours * TOGETHER; i < wides; ++i) one(start + i * wide.width, wide.width);
-    if (rest > 0) one(start + wides * wide.width, rest);
-  }
+  for (std::int64_t i = 0; i < fours; ++i) four(start + i * TOGETHER * wide.width);
+  for (std::int64_t i = fours * TOGETHER; i < wides; ++i) one(start + i * wide.width, wide.width);
+  if (rest > 0) one(start + wides * wide.width, rest);
+}
+
+// From the end, which the cache still holds, in blocks of memory order, which the hardware's
+// prefetcher likes.
+template <class One>
+inline void for_rows_back(std::int64_t from, std::int64_t to, std::int64_t channels,
+                          const Widths& wide, const One& one) {
+  const std::int64_t start = from * channels, wides = (to - from) / wide.rows;
+  const std::int64_t rest = ((to - from) - wides * wide.rows) * channels;
+  if (rest > 0) one(start + wides * wide.width, rest);
+  const std::int64_t step = STEP / wide.width + 1;
+  for (std::int64_t end = wides; end > 0; end -= step)
+    for (std::int64_t i = end > step ? end - step : 0; i < end; ++i)
+      one(start + i * wide.width, wide.width);
 }
 
 template <class A> struct RowTables {  // a value a column
@@ -114,12 +122,10 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Rows : Run<T, AC
     for (std::int64_t c = 0; c < C; ++c) s.mean[c] = s.squares[c] = 0;
     if (from == to) return;
     open(x, from, to, job, wide, s);
-    std::int64_t rows = BLOCK_BYTES / (C * static_cast<std::int64_t>(sizeof(T)));
-    if (rows > 1024 * wide.rows) rows = 1024 * wide.rows;  // float sums of no more
-    rows = rows < TOGETHER * wide.rows ? TOGETHER * wide.rows : rows / wide.rows * wide.rows;
+    const std::int64_t rows = WIDE_ROWS * wide.rows;
     for (std::int64_t r = from; r < to; r += rows) {
       const std::int64_t end = r + rows < to ? r + rows : to;
-      for_rows<false>(
+      for_rows(
           r, end, C, wide,
           [&](std::int64_t start) {
             columns(wide.width, [&](std::int64_t j, int lanes) {
@@ -149,7 +155,7 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Rows : Run<T, AC
   static void open(const T* x, std::int64_t from, std::int64_t to, const Job& job,
                    const Widths& wide, Sum& s) {
     const std::int64_t C = job.channels;
-    const std::int64_t rows = to - from < 16 ? to - from : 16;
+    const std::int64_t rows = to - from < 256 ? (to - from + 15) / 16 : 16;
     for (std::int64_t j = 0; j < wide.width + L; ++j) s.shift[j] = s.sum[j] = s.about[j] = 0;
     for (std::int64_t r = from; r < from + rows; ++r)
       columns(C, [&](std::int64_t j, int lanes) {
@@ -197,20 +203,11 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Rows : Run<T, AC
       if constexpr (RESIDUAL) r = get(residual + at, lanes);
       put(y + at, Base::forward(get(x + at, lanes), high, scale, shift, r), lanes);
     };
-    for_rows<true>(
-        from, to, job.channels, wide,
-        [&](std::int64_t start) {
-          columns(wide.width, [&](std::int64_t j, int lanes) {
-            const V high = table(t.high + j), scale = table(t.scale + j), shift = table(t.shift + j);
-            for (int k = 0; k < TOGETHER; ++k)
-              one(start + k * wide.width + j, lanes, high, scale, shift);
-          });
-        },
-        [&](std::int64_t start, std::int64_t width) {
-          columns(width, [&](std::int64_t j, int lanes) {
-            one(start + j, lanes, table(t.high + j), table(t.scale + j), table(t.shift + j));
-          });
-        });
+    for_rows_back(from, to, job.channels, wide, [&](std::int64_t start, std::int64_t width) {
+      columns(width, [&](std::int64_t j, int lanes) {
+        one(start + j, lanes, table(t.high + j), table(t.scale + j), table(t.shift + j));
+      });
+    });
   }
 
   static V gradient_at(const Job& job, std::int64_t at, int lanes, V scale, V shift, V centred) {
@@ -232,9 +229,7 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Rows : Run<T, AC
     const std::int64_t C = job.channels;
     for (std::int64_t c = 0; c < C; ++c) s.sum[c] = s.dot[c] = 0;
     for (std::int64_t j = 0; j < wide.width + L; ++j) s.sum_part[j] = s.dot_part[j] = 0;
-    std::int64_t rows = BLOCK_BYTES / (C * static_cast<std::int64_t>(sizeof(T)));
-    if (rows > 1024 * wide.rows) rows = 1024 * wide.rows;
-    rows = rows < TOGETHER * wide.rows ? TOGETHER * wide.rows : rows / wide.rows * wide.rows;
+    const std::int64_t rows = WIDE_ROWS * wide.rows;
     const auto one = [&](std::int64_t at, int lanes, V high, V scale, V shift, V& sum, V& dot) {
       V centred = get(x + at, lanes) - high;
       V g = gradient_at(job, at, lanes, scale, shift, centred);
@@ -248,7 +243,7 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Rows : Run<T, AC
     };
     for (std::int64_t r = from; r < to; r += rows) {
       const std::int64_t end = r + rows < to ? r + rows : to;
-      for_rows<false>(
+      for_rows(
           r, end, C, wide,
           [&](std::int64_t start) {
             columns(wide.width, [&](std::int64_t j, int lanes) {
@@ -309,16 +304,9 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Rows : Run<T, AC
       put(dx + at, fma<A>(g, scale, fma<A>(centred, table(t.slope + j), table(t.offset + j))),
           lanes);
     };
-    for_rows<true>(
-        from, to, job.channels, wide,
-        [&](std::int64_t start) {
-          columns(wide.width, [&](std::int64_t j, int lanes) {
-            for (int k = 0; k < TOGETHER; ++k) one(start + k * wide.width + j, lanes, j);
-          });
-        },
-        [&](std::int64_t start, std::int64_t width) {
-          columns(width, [&](std::int64_t j, int lanes) { one(start + j, lanes, j); });
-        });
+    for_rows_back(from, to, job.channels, wide, [&](std::int64_t start, std::int64_t width) {
+      columns(width, [&](std::int64_t j, int lanes) { one(start + j, lanes, j); });
+    });
   }
 };
 

@@ -156,9 +156,10 @@ template <class T> inline void store(T* to, Vector<ComputedIn<T>> value, int cou
 
 // value in the first `count` lanes, 0 in the others.
 template <class A> inline Vector<A> first(Vector<A> value, int count) {
-  Mask<A> place;
-  for (int lane = 0; lane < LANES<A>; ++lane) place[lane] = lane;
-  return select<A>(place < count, value, Vector<A>{});
+  using Lane = std::conditional_t<sizeof(A) == 4, std::int32_t, std::int64_t>;
+  alignas(64) static constexpr Lane PLACES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Mask<A> places = *reinterpret_cast<const Mask<A>*>(PLACES);
+  return select<A>(places < count, value, Vector<A>{});
 }
 
 template <class A> inline double sum_of(Vector<A> value) {

@@ -1,0 +1,474 @@
+"""The native kernels: against the float64 reference, in every layout, dtype and instruction set."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import batchnorm
+from batchnorm.errors import BatchNormError
+from batchnorm.kernels import native
+from batchnorm.kernels.activations import ACTIVATIONS
+from tolerance import bound
+
+CASES = int(os.environ.get("BATCHNORM_FUZZ", "400"))  # a long run: BATCHNORM_FUZZ=100000
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def test_they_are_there_and_say_so():
+    assert native.NATIVE
+    assert batchnorm.backend() in {"native, avx512", "native, avx2", "native, baseline"}
+    assert native._cpu.has_pool(), "torch's OpenMP pool"
+
+
+def exactly(x, running, weight, bias, residual, dy, *, training, activation):
+    """y, running statistics and gradients in float64, by torch's operators on contiguous copies."""
+    leaves = [
+        None if v is None else v.detach().double().contiguous() for v in (x, weight, bias, residual)
+    ]
+    leaves = [None if v is None else v.requires_grad_() for v in leaves]
+    statistics = [v.double() for v in running]
+    y = F.batch_norm(leaves[0], *statistics, leaves[1], leaves[2], training, 0.1, 1e-5)
+    if residual is not None:
+        y = y + leaves[3]
+    z = y
+    y = y if activation is None else ACTIVATIONS[activation](y)
+    found = [v for v in leaves if v is not None]
+    return [y.detach(), *statistics], list(torch.autograd.grad(y, found, dy.double())), z.detach()
+
+
+def ours(x, running, weight, bias, residual, dy, *, training, activation):
+    leaves = [
+        None if v is None else v.detach().requires_grad_() for v in (x, weight, bias, residual)
+    ]
+    statistics = [v.clone() for v in running]
+    assert native.fits(leaves[0], *statistics, leaves[1], leaves[2], leaves[3])
+    y = batchnorm.batch_norm(
+        leaves[0], *statistics, leaves[1], leaves[2], training,
+        residual=leaves[3], activation=activation,
+    )  # fmt: skip
+    found = [v for v in leaves if v is not None]
+    return [y.detach(), *statistics], list(torch.autograd.grad(y, found, dy))
+
+
+@st.composite
+def problems(draw):
+    """Any rank, layout, dtype, activation; odd sizes, large means, tiny and huge scales."""
+    rank = draw(st.integers(2, 5))
+    shape = [draw(st.integers(1, 40)), draw(st.integers(1, 40))]
+    shape += [draw(st.integers(1, 20 if rank == 3 else 9)) for _ in range(rank - 2)]
+    if math.prod(shape) // shape[1] == 1:
+        shape[0] += 1
+    return {
+        "shape": shape,
+        "layout": draw(st.sampled_from(["contiguous", "channels last", "strided", "transposed"])),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "parameters": draw(st.sampled_from(["none", "float32", "same", "weight"])),
+        "activation": draw(st.sampled_from([None, *ACTIVATIONS])),
+        "residual": draw(st.booleans()),
+        "training": draw(st.booleans()),
+        "mean": draw(st.sampled_from([0.0, 3.0, -1000.0])),
+        "scale": draw(st.sampled_from([1.0, 1e-3, 100.0])),
+        "seed": draw(st.integers(0, 2**31)),
+        "threads": draw(st.integers(1, 3)),
+    }
+
+
+def laid_out(x, layout):
+    if layout == "channels last" and x.dim() in {4, 5}:
+        return x.contiguous(
+            memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        )
+    if layout == "strided":
+        return x.repeat_interleave(2, -1)[..., ::2]
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    return x
+
+
+def made(problem):
+    generator = torch.Generator().manual_seed(problem["seed"])
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    shape, dtype = problem["shape"], problem["dtype"]
+    C = shape[1]
+    half = dtype in {torch.bfloat16, torch.float16}
+    mean = max(-50.0, problem["mean"]) if half else problem["mean"]
+    x = laid_out((randn(*shape) * problem["scale"] + mean).to(dtype), problem["layout"])
+    kind = problem["parameters"]
+    per_channel = dtype if kind == "same" else torch.promote_types(dtype, torch.float32)
+    weight = None if kind == "none" else (randn(C) + 0.5).to(per_channel)
+    bias = None if kind in {"none", "weight"} else randn(C).to(per_channel)
+    variance = problem["scale"] ** 2
+    running = [
+        (randn(C) * problem["scale"] + mean).to(per_channel),
+        ((randn(C).abs() + 0.5) * variance).to(per_channel),
+    ]
+    residual = randn(*shape).to(dtype) if problem["residual"] else None
+    return x, running, weight, bias, residual, randn(*shape).to(dtype)
+
+
+@pytest.mark.usefixtures("threads_kept")
+@settings(
+    max_examples=CASES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(problem=problems())
+def test_fuzz_against_float64(problem):
+    torch.set_num_threads(problem["threads"])
+    options = {"training": problem["training"], "activation": problem["activation"]}
+    arguments = made(problem)
+    x, running, weight, *_ = arguments
+    outputs, gradients = ours(*arguments, **options)
+    exact, exact_gradients, z = exactly(*arguments, **options)
+    count = x.numel() // x.shape[1]
+    eps = torch.finfo(x.dtype).eps
+    # the mean is known to its last digit, but x is what the dtype holds: what is behind it is lost
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    spread = x.double().var(axes, correction=0) if problem["training"] else running[1].double()
+    steep = float(((1 if weight is None else weight.double().abs()) / (spread + 1e-5).sqrt()).max())
+    centred = float(
+        (x.double() - running[0].double().view(1, -1, *[1] * len(axes[1:]))).abs().max()
+    )
+    # float parameters are multiplied in float: a unit of the largest z
+    scale = max(float(z.abs().max()), steep * centred if not problem["training"] else 0.0, 1.0)
+    for mine, wanted in zip(outputs[:1], exact[:1], strict=True):
+        assert mine.dtype == x.dtype
+        assert mine.shape == x.shape
+        torch.testing.assert_close(
+            mine.double(),
+            wanted,
+            rtol=2 * eps,
+            atol=bound(torch.float32 if x.dtype != torch.float64 else x.dtype, count, scale)
+            + eps * float(wanted.abs().max()),
+        )
+    for mine, wanted in zip(outputs[1:], exact[1:], strict=True):
+        unit = torch.finfo(mine.dtype).eps
+        torch.testing.assert_close(
+            mine.double(), wanted, rtol=8 * unit, atol=8 * unit * float(wanted.abs().max())
+        )
+    kinked = problem["activation"] in {"relu", "leaky_relu", "hardswish"}
+    near = min((float((z - kink).abs().min()) for kink in (-3, 0, 3)), default=1.0)
+    if kinked and near < 64 * eps * scale:
+        return  # which side of the kink it is on is rounding
+    of_y = (problem["activation"] in {"sigmoid", "tanh"}) or problem["residual"]
+    for mine, wanted in zip(gradients, exact_gradients, strict=True):
+        assert mine.shape == wanted.shape
+        largest = float(wanted.abs().max())
+        allowed = bound(x.dtype if of_y else mine.dtype, count, 1.0) * max(largest, 1.0)
+        extra = bound(x.dtype, count) * steep * float(arguments[-1].abs().max()) * 8
+        terms = float(arguments[-1].double().abs().sum()) / x.shape[1] * scale * eps * 8
+        torch.testing.assert_close(
+            mine.double(), wanted, rtol=0, atol=allowed + extra + (terms if mine.dim() == 1 else 0)
+        )
+
+
+@pytest.fixture
+def threads_kept():
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.mark.usefixtures("threads_kept")
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize(
+    "shape", [(64, 3, 40, 40), (8, 2, 200, 300), (3, 200, 9, 9), (5, 1, 33, 1)]
+)
+def test_threads_and_layouts_make_no_difference_beyond_rounding(shape, layout):
+    x = laid_out(torch.randn(shape) + 5, layout)
+    exact = F.batch_norm(x.double().contiguous(), None, None, training=True)
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        y = batchnorm.batch_norm(x, None, None, training=True)
+        again = batchnorm.batch_norm(x, None, None, training=True)
+        assert torch.equal(y, again), "deterministic for a thread count"
+        assert float((y - exact).abs().max()) < 4e-6
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize(("mean", "torchs"), [(0.0, 1e-6), (1e4, 2e-4), (1e6, 1e-2)])
+def test_large_means_lose_no_more_than_x_itself_does(mean, torchs, layout):
+    x = laid_out(torch.randn(16, 8, 30, 30) + mean, layout)
+    y = batchnorm.batch_norm(x, None, None, training=True)
+    exact = F.batch_norm(x.double().contiguous(), None, None, training=True)
+    assert float((y - exact).abs().max()) < 1e-6, f"torch errs by up to {torchs} and more"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("value", [1e30, 3e38, float("inf"), float("nan"), 1e-30])
+def test_what_squares_beyond_float_is_summed_in_double(value, layout):
+    x = torch.randn(4, 3, 6, 6)
+    x[:, 1] *= value
+    x = laid_out(x, layout).requires_grad_()
+    twin = x.detach().clone().contiguous().requires_grad_()
+    y, other = (
+        f(v, None, None, training=True)
+        for f, v in ((batchnorm.batch_norm, x), (F.batch_norm, twin))
+    )
+    torch.testing.assert_close(y, other, equal_nan=True)
+    y.sum().backward()
+    other.sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad, equal_nan=True, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("behind", [True, False])
+def test_gradcheck_and_double_backward(activation, training, behind):
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    running = (torch.zeros(3, dtype=torch.float64), torch.full((3,), 2.0, dtype=torch.float64))
+
+    def function(x, weight, bias, *residual):
+        statistics = [v.clone() for v in running]
+        return batchnorm.batch_norm(
+            x, *statistics, weight, bias, training,
+            residual=residual[0] if residual else None, activation=activation,
+        )  # fmt: skip
+
+    inputs = [randn(4, 3, 2), randn(3), randn(3)] + ([randn(4, 3, 2)] if behind else [])
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_one_tensor_may_be_input_and_residual():
+    x = torch.randn(6, 3, 4, dtype=torch.float64).requires_grad_()
+
+    def function(x):
+        return batchnorm.batch_norm(x, None, None, training=True, residual=x, activation="silu")
+
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+
+
+def test_only_what_is_asked_for_gets_a_gradient():
+    x, weight, residual = torch.randn(5, 3, 4), torch.ones(3), torch.randn(5, 3, 4)
+    for which in range(3):
+        for activation in (None, "relu", "silu"):
+            leaves = [
+                t.clone().requires_grad_(k == which) for k, t in enumerate((x, weight, residual))
+            ]
+            y = batchnorm.batch_norm(
+                leaves[0],
+                None,
+                None,
+                leaves[1],
+                training=True,
+                residual=leaves[2],
+                activation=activation,
+            )
+            y.sum().backward()
+            assert [leaf.grad is not None for leaf in leaves] == [k == which for k in range(3)]
+
+
+def test_the_memory_kept_for_backward_is_the_least():
+    x = torch.randn(8, 4, 16, 16, requires_grad=True)
+    weight, bias = torch.ones(4, requires_grad=True), torch.zeros(4, requires_grad=True)
+
+    def kept(function):
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = function()
+        return sum(storages.values()) // (x.numel() * 4), y
+
+    for activation, large in ((None, 1), ("relu", 1), ("sigmoid", 2), ("silu", 1), ("gelu", 1)):
+        count, _ = kept(
+            lambda a=activation: batchnorm.batch_norm(
+                x, None, None, weight, bias, True, activation=a
+            )
+        )
+        assert count == large, activation
+    assert kept(lambda: F.silu(F.batch_norm(x, None, None, weight, bias, True)))[0] == 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), batchnorm.BatchNorm2d(4), nn.ReLU())
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 3, 8, 8)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    checkpoint(model, inputs[0], use_reentrant=reentrant).sum().backward()
+    twin(inputs[1]).sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+
+
+def test_batched_gradients_go_through_torchs_operators():
+    x = torch.randn(6, 3, requires_grad=True)
+    y = batchnorm.batch_norm(x, None, None, training=True, activation="sigmoid")
+    directions = torch.randn(4, 6, 3)
+    (found,) = torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)
+    for each, direction in zip(found, directions, strict=True):
+        (alone,) = torch.autograd.grad(y, x, direction, retain_graph=True)
+        torch.testing.assert_close(each, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_gradients_are_torchs():
+    x, tangent = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+
+    def function(x):
+        return batchnorm.batch_norm(x, None, None, training=True)
+
+    _, found = torch.func.jvp(function, (x,), (tangent,))
+    near = (function(x + 1e-6 * tangent) - function(x - 1e-6 * tangent)) / 2e-6
+    torch.testing.assert_close(found, near, rtol=1e-6, atol=1e-6)
+
+
+def test_a_weight_that_was_changed_before_backward_is_an_error():
+    x, weight = torch.randn(6, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+    y = batchnorm.batch_norm(x, None, None, weight, training=True)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.usefixtures("threads_kept")
+def test_several_python_threads_at_once():
+    torch.set_num_threads(2)
+    x = [torch.randn(16, 8, 40, 40, requires_grad=True) for _ in range(4)]
+    expected = [F.batch_norm(each.detach(), None, None, training=True) for each in x]
+    wrong = []
+
+    def work(place):
+        for _ in range(10):
+            y = batchnorm.batch_norm(x[place], None, None, training=True)
+            y.sum().backward()
+            if not torch.allclose(y, expected[place], atol=1e-5):
+                wrong.append(place)
+
+    workers = [threading.Thread(target=work, args=(place,)) for place in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert not worker.is_alive()
+    assert not wrong
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+FORK = """
+import os, torch, batchnorm
+x = torch.randn(16, 8, 60, 60)
+y = batchnorm.batch_norm(x, None, None, training=True)  # the pool runs
+if (child := os.fork()) == 0:
+    again = batchnorm.batch_norm(x, None, None, training=True)
+    os._exit(0 if (again - y).abs().max() < 1e-5 else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_forked_child_computes_alone():
+    assert run(FORK).stdout.strip() == "0"
+
+
+ALIKE = """
+import json, torch, batchnorm
+torch.manual_seed(0)
+found = [batchnorm.backend()]
+for shape in ((4, 5, 7, 7), (33, 17), (2, 3, 65, 64)):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for activation in (None, "relu", "sigmoid", "tanh", "gelu"):
+            x = (torch.randn(shape) * 3 + 1).to(dtype).requires_grad_()
+            y = batchnorm.batch_norm(x, None, None, training=True, activation=activation)
+            (dx,) = torch.autograd.grad(y, x, torch.randn(shape).to(dtype))
+            found += [y.double().flatten()[:50].tolist(), dx.double().flatten()[:50].tolist()]
+print(json.dumps(found))
+"""
+
+
+def test_the_instruction_sets_agree():
+    widest = json.loads(run(ALIKE).stdout)
+    for isa in ("avx2", "baseline"):
+        other = run(ALIKE, BATCHNORM_ISA=isa)
+        if "does not have" in other.stderr:
+            continue  # this processor
+        found = json.loads(other.stdout)
+        assert found[0] == f"native, {isa}"
+        for mine, theirs in zip(found[1:], widest[1:], strict=True):
+            # a half's last digit may fall to the other side
+            assert mine == pytest.approx(theirs, rel=1.6e-2, abs=2e-5)
+        close = [
+            m == pytest.approx(t, rel=1e-4, abs=2e-5)
+            for m, t in zip(found[1:], widest[1:], strict=True)
+        ]
+        assert sum(close) > len(close) / 2
+
+
+def test_without_kernels_torchs_operator_runs():
+    found = run("import batchnorm; print(batchnorm.backend())", BATCHNORM_BACKEND="torch")
+    assert found.stdout.strip() == "torch"
+
+
+def test_an_instruction_set_that_is_not_there_is_said():
+    found = run("import batchnorm", BATCHNORM_ISA="quantum")
+    assert "BATCHNORM_ISA=quantum, which this processor or this build does not have" in found.stderr
+    assert "BatchNormError" in found.stderr
+    assert issubclass(BatchNormError, ValueError)
+
+
+GOOD = (0, False, 2, 3, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((9, False, 2, 3, 4, 1), "dtype"),
+        ((0, False, 0, 3, 4, 1), "positive"),
+        ((0, False, 2, -3, 4, 1), "positive"),
+        ((0, True, 2, 3, 4, 1), "rows have no plane"),
+        ((0, False, 2**40, 2**40, 4, 1), "64 bits"),
+    ],
+)
+def test_sizes_are_checked_before_an_address_is_used(sizes, message):
+    statistics = torch.empty(3, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        native._cpu.moments(*sizes, 16, statistics.data_ptr())
+
+
+def test_an_address_that_is_missing_is_said():
+    with pytest.raises(ValueError, match="no address of x or statistics"):
+        native._cpu.moments(*GOOD, 0, 0)
+
+
+def test_moments_are_the_references():
+    for layout in ("contiguous", "channels last", "strided"):
+        x = laid_out(torch.randn(7, 5, 6, 6) * 3 + 1e4, layout)
+        mean, var_biased = batchnorm.kernels.moments(x)
+        torch.testing.assert_close(mean, x.double().mean((0, 2, 3)), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            var_biased, x.double().var((0, 2, 3), correction=0), rtol=1e-6, atol=0
+        )
