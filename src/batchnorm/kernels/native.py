@@ -97,6 +97,12 @@ def _plain(x: Tensor) -> bool:
     )
 
 
+def _readable(dy: Tensor) -> bool:
+    # is_grads_batched uses torch's older vmap, whose tensors are plain but for their memory
+    batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # noqa: SLF001
+    return _plain(dy) and not batched
+
+
 def _pair(a: Tensor | None, b: Tensor | None) -> bool:
     """Both None, or contiguous and of one dtype."""
     for each in (a, b):
@@ -244,7 +250,7 @@ class BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, statistics, extra = ctx.saved_tensors
         nothing = (None,) * 6
-        if torch.is_grad_enabled() or transformed() or not _plain(dy):
+        if torch.is_grad_enabled() or transformed() or not _readable(dy):
             return *_differentiable(ctx, dy), *nothing
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         activation, behind = ctx.kind
