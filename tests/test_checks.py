@@ -137,6 +137,50 @@ class TestTheModelComesBack:
         batchnorm.check(Writes(), [torch.randn(4, 3)])
         assert "writes into its parameters" in caplog.text
 
+    def test_what_a_forward_keeps_in_the_module_comes_back(self):
+        class Keeps(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm, self.n, self.seen, self.later = nn.BatchNorm1d(3), 0, [], None
+                self.moving = torch.zeros(3)
+                self.register_buffer("mean", torch.zeros(3))
+
+            def forward(self, x):
+                print("a pass")  # noqa: T201  # as a user's forward may
+                self.last = x
+                self.n += 1
+                self.seen.append(self.n)
+                self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+                self.moving += 1
+                self.later = self.later or nn.Linear(3, 3)
+                self.norm.weight.data = self.norm.weight.data * 1.0
+                return self.later(self.norm(x))
+
+            def train(self, mode=True):
+                self.n += 100  # as LoRA, which merges its weights
+                return super().train(mode)
+
+        model = Keeps()
+        weight = model.norm.weight.data_ptr()
+        for loader in (None, [torch.randn(8, 3) for _ in range(3)]):
+            batchnorm.check(model, loader, level="note")
+            assert "last" not in vars(model)
+            assert (model.n, model.seen, model.later) == (0, [], None)
+            assert type(model.mean) is torch.Tensor
+            assert not model.mean.any()
+            assert not model.moving.any()
+            assert model.norm.weight.data_ptr() == weight
+            assert "later" not in dict(model.named_children())
+
+    def test_a_graph_is_traced_without_a_word(self, capsys):
+        class Prints(nn.Sequential):
+            def forward(self, x):
+                print("a pass")  # noqa: T201  # as a user's forward may
+                return super().forward(x)
+
+        batchnorm.check(Prints(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), level="note")
+        assert not capsys.readouterr().out
+
     def test_also_when_the_model_raises(self, model):
         before = self.snapshot(model)
         found = batchnorm.check(model, [torch.randn(4, 5, 32, 32, generator=torch.Generator())])
@@ -180,12 +224,37 @@ class TestKindsOfModels:
     def test_lazy(self):
         model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), batchnorm.BatchNorm())
         batchnorm.check(model)
-        batchnorm.check(model, [torch.randn(4, 3, 8, 8)])
+        found = batchnorm.check(model, [torch.randn(4, 3, 8, 8)])
+        assert "run one batch first" in str(found.skipped)
+        assert nn.parameter.is_lazy(model[0].weight)
 
     def test_scripted(self):
         with pytest.warns(FutureWarning, match="torch.jit.script"):
             model = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
-        batchnorm.check(model, [torch.randn(4, 3, 8, 8)])
+        found = batchnorm.check(model, [torch.randn(4, 3, 8, 8)])
+        assert "scripted" in found.skipped["(the model)"]
+
+    def test_batches_of_an_unknown_kind_leave_the_static_rules(self):
+        model = cases.network()
+        model[1].momentum = 0.99
+        found = batchnorm.check(model, [object()])
+        assert "got a batch of type object" in str(found.skipped)
+        assert [f.rule for f in found] == ["BN011"]
+
+    def test_noise_at_evaluation_is_no_dependence_on_the_batch(self):
+        class Noisy(nn.Sequential):
+            def forward(self, x):
+                return super().forward(x) + torch.randn(len(x), 1)
+
+        model = Noisy(cases.network(), nn.Flatten())
+        assert not batchnorm.check(model, cases.loader(), select="BN033")
+
+    def test_a_loader_for_evaluation_says_nothing_of_the_training(self):
+        model = cases.trained(nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8)))
+        data = list(cases.images(5).split(4))
+        assert not batchnorm.check(model.eval(), data, select=["BN006", "BN007"])
+        found = batchnorm.check(model.train(), data, select=["BN006", "BN007"])
+        assert [f.rule for f in found] == ["BN006", "BN007"]
 
     def test_compiled(self):
         model = torch.compile(cases.network(), backend="eager")
@@ -322,6 +391,44 @@ def test_fix_mends_and_says_what_it_did():
     assert len(held) == len(list(model.parameters()))
 
 
+def test_fix_leaves_good_channels_and_a_loader_that_is_read_once():
+    model = cases.network()
+    model[4].running_var[0] = -1
+    model[4].running_mean[1:] = 5
+    kept = model[4].running_mean[1:].clone()
+    model[1].momentum = 1.0
+    model[1].num_batches_tracked.fill_(1000)
+    found = batchnorm.check(
+        model, iter(cases.loader()), select=["BN008", "BN011"], level="note", fix=True
+    )
+    assert any("in 1 channels, the others as they were" in line for line in found.fixed)
+    assert any("BN008 not recalibrated: what is read once" in line for line in found.fixed)
+    assert torch.equal(model[4].running_mean[1:], kept)
+    assert model[1].momentum == 1.0
+
+
+@pytest.mark.parametrize(("wrong", "right"), [(0.99, 0.01), (0.5, 0.1), (1.5, 0.1), (1.0, 1.0)])
+def test_fix_turns_a_momentum_that_was_meant_the_other_way(wrong, right):
+    model = nn.Sequential(nn.BatchNorm2d(3, momentum=wrong))
+    batchnorm.check(model, select="bn011", level="note", fix=True)
+    assert model[0].momentum == right
+
+
+def test_a_bias_that_somebody_else_reads_is_not_dead():
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) + self.conv.bias.view(1, -1, 1, 1)
+
+    tied = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    tied[2].bias = tied[0].bias
+    for model in (Read(), tied):
+        assert not batchnorm.check(model, select="BN014", level="note")
+
+
 def test_a_dead_bias_leaves_the_outputs_as_they_were():
     model = cases.trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
     x = cases.images()
@@ -334,6 +441,32 @@ def test_a_dead_bias_leaves_the_outputs_as_they_were():
     assert model[0].bias is None
     torch.testing.assert_close(model.eval()(x), expected, rtol=1e-5, atol=1e-5)
     assert len(optimizer.param_groups[0]["params"]) == 3
+
+
+def test_json_is_json_whatever_a_rule_says(monkeypatch):
+    monkeypatch.setattr(registry, "_RULES", dict(registry.all_rules()))
+
+    @registry.rule("BN901", "Odd numbers.", remedy="pass")
+    def odd(_subject):
+        """It says what JSON does not know."""
+        numbers = {"a": float("inf"), "b": torch.float32, "c": (1, None), "d": 0.5}
+        yield registry.Evidence("", "odd", numbers)
+
+    @registry.rule("BN902", "Nonsense.", remedy="pass")
+    def nonsense(_subject):
+        """It gives something else."""
+        yield 3
+
+    @registry.rule("BN903", "Wants the moon.", needs=("moon",), remedy="pass")
+    def moon(_subject):
+        """It cannot be asked."""
+        yield from ()
+
+    found = batchnorm.check(cases.network(), select="BN90")
+    numbers = json.loads(found.to_json())["findings"][0]["numbers"]
+    assert numbers == {"a": "inf", "b": "torch.float32", "c": [1, None], "d": 0.5}
+    assert "AttributeError" in found.skipped["BN902"]
+    assert found.skipped["BN903"] == "needs moon"
 
 
 def test_they_print_and_give_json():
@@ -542,7 +675,7 @@ class TestWatching:
                 with pytest.raises(RuntimeError):
                     model(torch.randn(2, 5, 8, 8))
             model(cases.images())
-        (root,) = watching._roots.values()
+        (root,) = watching._roots
         assert root.seen.forwards[True, True] == 4
 
     def test_the_layers_gaps_become_scalars(self):

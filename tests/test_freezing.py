@@ -1,12 +1,14 @@
 """A freeze that survives train(), two switches, and everything back afterwards."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import timm.layers
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm import BatchNormError
@@ -263,6 +265,22 @@ def test_where_timms_unfreeze_loses_momentum_and_counter_ours_does_not():
     batchnorm.unfreeze(batchnorm.freeze(ours))
     assert (theirs[1].momentum, theirs[1].num_batches_tracked.item()) == (0.1, 0)
     assert (ours[1].momentum, ours[1].num_batches_tracked.item()) == (0.3, 41)
+
+
+@pytest.mark.parametrize("of", [nn.BatchNorm2d, batchnorm.BatchNorm2d])
+def test_update_once_at_a_checkpoint(of):
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(3, 4, 3), of(4), nn.ReLU())
+    twin = copy.deepcopy(block)
+    x = torch.randn(8, 3, 6, 6)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    once = functools.partial(batchnorm.update_once, block)
+    checkpoint(block, inputs[0], use_reentrant=False, context_fn=once).square().sum().backward()
+    twin(inputs[1]).square().sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    for mine, other in zip(block.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(mine, other)
+    assert block[1]._buffers.keys() == twin[1]._buffers.keys()
 
 
 def test_no_update_holds_for_a_frozen_layer_that_updates():

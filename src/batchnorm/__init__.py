@@ -14,7 +14,7 @@ from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.model.account import Change, Changes, changes
 from batchnorm.model.conversion import convert
 from batchnorm.model.folding import fold
-from batchnorm.model.freezing import freeze, freeze_like, no_update, unfreeze
+from batchnorm.model.freezing import freeze, freeze_like, no_update, unfreeze, update_once
 from batchnorm.model.inventory import summary
 from batchnorm.model.masking import masked
 from batchnorm.model.parameters import param_groups
@@ -52,6 +52,7 @@ __all__ = [
     "recalibrate",
     "summary",
     "unfreeze",
+    "update_once",
     "watch",
 ]
 

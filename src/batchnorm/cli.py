@@ -337,8 +337,11 @@ def watch(
             script, arguments or [], module=module, level=level, select=_names(select),
             ignore=_names(ignore), every=every, json_file=json_file, page=page,
         )  # fmt: skip
-        for each in found:
-            findings.show(each, stderr=True, whole=whole)
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # the script may have closed its standard error
+            for each in found:
+                findings.show(each, stderr=True, whole=whole)
         worst = max((doctor.status(each) for each in found), default=0)
         raise typer.Exit(status or (worst if guard else 0))
 

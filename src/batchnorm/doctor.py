@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,9 @@ def _given(spec: str) -> tuple[nn.Module, Iterable[Any] | None, Any]:
             raise BatchNormError(
                 f"the model {spec} raised {brief(error)} when it was called without arguments."
             ) from error
-    model, loader, optimizer, *rest = (*(made if isinstance(made, tuple) else (made,)), None, None)
-    if not isinstance(model, nn.Module) or rest not in ([], [None], [None, None]):
+    given = made if isinstance(made, tuple) else (made,)
+    model, loader, optimizer = (*given, None, None, None)[:3]
+    if not isinstance(model, nn.Module) or len(given) > 3:
         raise BatchNormError(
             f"{spec} gave a {type(made).__name__} and should give a torch.nn.Module, or a tuple of a "
             "model, a loader and an optimizer, of which the last two may be left out."
@@ -100,11 +102,12 @@ def watch(
 ) -> tuple[int, list[Findings]]:
     """Run the script; its exit status, and what was found in each of its models."""
     end, watching = scripts.run(script, arguments, **options)
-    if os.environ.get("RANK", "0") != "0":
+    if watching is None or os.environ.get("RANK", "0") != "0":
         return end, []  # under torchrun the first process speaks for all
     found = watching.findings()
     if not found:
-        sys.stderr.write("batchnorm watch: no model with batch norm in it was called\n")
+        with suppress(OSError, ValueError):  # the script may have closed it
+            sys.stderr.write("batchnorm watch: no model with batch norm in it was called\n")
     if json_file is not None:
         content = [json.loads(each.to_json()) for each in found]
         json_file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")

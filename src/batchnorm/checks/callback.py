@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from batchnorm.checks.findings import Findings
-from batchnorm.checks.watching import watch
+from batchnorm.checks.watching import Watch, watch
 
 
 class WatchCallback(Callback):
@@ -21,6 +21,7 @@ class WatchCallback(Callback):
         super().__init__()
         self._options = options
         self._inside = ExitStack()
+        self._watch: Watch | None = None
         self.findings = Findings([], model="")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -40,6 +41,8 @@ class WatchCallback(Callback):
 
     def _end(self, trainer: Any) -> None:
         self._inside.close()
+        if self._watch is None:
+            return  # it failed before the first batch
         for found in self._watch.findings():
             self.findings = found
             if trainer.is_global_zero:

@@ -1,13 +1,16 @@
 """`check`: what is wrong with the batch normalization in a model, and what mends it."""
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptModule
+from torch.nn.parameter import is_lazy
 
 from batchnorm.checks.findings import Finding, Findings, Level
 from batchnorm.checks.probing import SAMPLES, probe
-from batchnorm.checks.rules import Evidence, Rule, chosen
+from batchnorm.checks.rules import Evidence, Rule, chosen, failed
 from batchnorm.checks.subject import Subject, loading_of
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.model.recalibration import Forward, recalibrate
@@ -62,12 +65,14 @@ def check(
         subject = Subject(model, optimizers, loading_of(loader))
         skipped = {}
         if loader is not None and subject.layers:
-            try:
-                subject.probe = probe(subject, loader, forward, samples)
-            except BatchNormError:
-                raise
-            except Exception as error:  # noqa: BLE001  # the user's model or loader may raise anything
-                skipped["loader"] = f"a batch could not be passed: {brief(error)}"
+            if any(is_lazy(t) for t in itertools.chain(model.parameters(), model.buffers())):
+                # a pass would give the layers their sizes, and that cannot be taken back
+                skipped["loader"] = "lazy layers have not learned their sizes: run one batch first"
+            else:
+                try:
+                    subject.probe = probe(subject, loader, forward, samples)
+                except Exception as error:  # noqa: BLE001  # the user's, which may raise anything
+                    skipped["loader"] = f"a batch could not be passed: {brief(error)}"
         return subject, judge(subject, rules, least, skipped)
 
     subject, findings = examine()
@@ -103,17 +108,21 @@ def judge(
     found: list[Finding] = []
     checked = []
     reasons = {f"(all that need the {what})": why for what, why in skipped.items()}
+    reasons |= {f"(the rules of {package})": why for package, why in failed().items()}
+    if scripted := [n for n, m in subject.model.named_modules() if isinstance(m, ScriptModule)]:
+        where = scripted[0] or "the model"
+        reasons[f"({where})"] = "scripted: its layers cannot be looked at from Python"
     for rule in rules:
         if missing := [need for need in rule.needs if not _has(subject, need)]:
             reasons[rule.identifier] = f"needs {', '.join(missing)}"
             continue
         try:
-            evidence = list(rule.find(subject))
+            evidence = [_finding(rule, each) for each in rule.find(subject)]
         except Exception as error:  # noqa: BLE001  # models are of every kind; none may stop a check
             reasons[rule.identifier] = f"could not be checked: {brief(error)}"
             continue
         checked.append(rule.identifier)
-        found += [_finding(rule, each) for each in evidence]
+        found += evidence
     found = [each for each in found if each.level >= least]
     name = type(subject.model).__name__
     return Findings(found, model=name, checked=checked, skipped=reasons)
@@ -125,7 +134,7 @@ def _has(subject: Subject, need: str) -> bool:
         "optimizer": bool(subject.optimizers),
         "training": subject.training is not None,
     }
-    return has[need]
+    return has.get(need, False)
 
 
 def _finding(rule: Rule, evidence: Evidence) -> Finding:
@@ -150,10 +159,20 @@ def mend(
     """Do what each finding's rule knows to do, then recalibrate, if any of them asks for it."""
     known = {rule.identifier: rule for rule in rules}
     for each in findings:
-        doing: Callable[[Subject, str], str] | None = known[each.rule].mend
+        doing = known[each.rule].mend
         if doing is not None and each.layer in subject.layers:
-            yield f"{each.rule} {doing(subject, each.layer)}"
-    asked = sorted({each.rule for each in findings} & RECALIBRATED)
-    if asked and loader is not None:
+            done = doing(subject, each.layer)
+            if done is not None:
+                yield f"{each.rule} {done}"
+    asked = ", ".join(sorted({each.rule for each in findings} & RECALIBRATED))
+    if not asked or loader is None:
+        return
+    if isinstance(loader, Iterator):
+        yield f"{asked} not recalibrated: what is read once was read to check. Pass a list or DataLoader"
+        return
+    try:
         recalibrate(subject.model, loader, forward=forward)
-        yield f"{', '.join(asked)} recalibrated on the loader's data"
+    except Exception as error:  # noqa: BLE001  # the user's loader and model; nothing was changed
+        yield f"{asked} not recalibrated: {brief(error)}"
+    else:
+        yield f"{asked} recalibrated on the loader's data"

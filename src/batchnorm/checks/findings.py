@@ -1,6 +1,7 @@
 """What was found: by which rule, in which layer, by what evidence, and how to mend it."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -120,4 +121,15 @@ class Findings(Sequence[Finding]):
             "skipped": self.skipped,
             "fixed": self.fixed,
         }  # fmt: skip
-        return json.dumps(content, indent=2, ensure_ascii=False)
+        return json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: a number that is not finite as text, what it does not know as text, too."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import noop_context_fn
 
 from batchnorm import kernels
 from batchnorm.checks.subject import Layer, Probe, Seen, Subject
@@ -42,7 +43,8 @@ def probe(subject: Subject, loader: Iterable[Any], forward: Forward | None, samp
 @contextmanager
 def _generators_kept(loader: Any) -> Iterator[None]:
     """A loader may shuffle by a random generator of its own."""
-    holders = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    batches = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
     found = {
         generator: generator.get_state()
         for holder in holders
@@ -95,12 +97,16 @@ def look(x: Tensor) -> Seen:
 
 
 def _in_checkpoint() -> bool:
+    """Inside a checkpoint that was given nothing to do at the recomputation."""
     frame = sys._getframe(1)  # noqa: SLF001  # who called
+    inside = False
     while (caller := frame.f_back) is not None:
         frame = caller
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return True
-    return False
+            inside = True
+            if frame.f_code.co_name == "checkpoint":
+                return frame.f_locals.get("context_fn", noop_context_fn) is noop_context_fn
+    return inside
 
 
 def _padding(x: Tensor) -> float:
@@ -121,11 +127,15 @@ def _alone(model: nn.Module, batch: Any, forward: Forward) -> float | None:
     half = _half(batch)
     if half is None:
         return None
-    whole, part = (_flat(forward(model, each)) for each in (batch, half))
-    if whole is None or part is None or len(part) == 0 or whole.shape[1:] != part.shape[1:]:
+    whole, again, part = (_flat(forward(model, each)) for each in (batch, batch, half))
+    if whole is None or again is None or part is None or len(part) == 0:
         return None
     scale = float(whole.std()) if whole.numel() > 1 else 0.0
-    return float((whole[: len(part)] - part).abs().max()) / scale if scale > 0 else None
+    if whole.shape[1:] != part.shape[1:] or not scale > 0:
+        return None
+    if float((whole - again).abs().max()) > 1e-4 * scale:
+        return None  # it draws
+    return float((whole[: len(part)] - part).abs().max()) / scale
 
 
 def _half(batch: Any) -> Any:

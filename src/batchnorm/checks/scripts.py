@@ -1,11 +1,13 @@
 """Run a user's script or module as Python would, with a watch around it."""
 
+import builtins
 import os
 import runpy
 import sys
-import traceback
+import threading
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 
 from batchnorm.checks.watching import Watch, watch
 from batchnorm.errors import BatchNormError
@@ -13,24 +15,27 @@ from batchnorm.errors import BatchNormError
 
 def run(
     script: str, arguments: list[str], *, module: bool = False, **options: object
-) -> tuple[int, Watch]:
+) -> tuple[int, Watch | None]:
     """Run it to its end, whatever that is; its exit status, and what was seen.
 
     Output, arguments, `__main__`, the first entry of `sys.path`, tracebacks and exit status are those
-    of `python script arguments`.
+    of `python script arguments`. They stay so: what the script leaves to `atexit` looks for them,
+    too. In a child that the script forked nothing is told: None in place of what was seen.
     """
     if not module and not Path(script).is_file():
         raise BatchNormError(
             f"there is no script {script}. For a module: batchnorm watch -m package.module"
         )
-    before = sys.argv, list(sys.path)
     sys.argv = [script, *arguments]
     sys.path[0] = os.getcwd() if module else str(Path(script).resolve().parent)  # noqa: PTH109
+    process = os.getpid()
     with watch(**options) as watching:  # type: ignore[arg-type]  # watch's own
-        try:
-            status = _run(script, module)
-        finally:
-            sys.argv, sys.path = before
+        status = _run(script, module)
+        if os.getpid() != process:
+            return status, None
+        for thread in threading.enumerate():  # Python waits for these, too
+            if not thread.daemon and thread is not threading.main_thread():
+                thread.join()
     return status, watching
 
 
@@ -39,27 +44,22 @@ def _run(script: str, module: bool) -> int:
         if module:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
-            _run_path(Path(os.path.abspath(script)))  # noqa: PTH100  # links stay
+            _run_path(os.path.abspath(script))  # noqa: PTH100  # links stay
     except SystemExit as end:
         return _status(end)
-    except KeyboardInterrupt:
-        return 130
     except BaseException as error:  # noqa: BLE001  # a script may raise anything: told as Python does
-        _print(error)
-        return 1
+        sys.excepthook(type(error), error, _of_the_script(error))
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 
-def _run_path(path: Path) -> None:
+def _run_path(path: str) -> None:
     """As `runpy.run_path`, which would write the whole path into sys.argv."""
     main = ModuleType("__main__")
-    main.__file__ = str(path)
-    before = sys.modules["__main__"]
+    main.__file__, main.__builtins__ = path, builtins  # type: ignore[attr-defined]  # as Python has it
+    main.__loader__ = SourceFileLoader("__main__", path)
     sys.modules["__main__"] = main
-    try:
-        exec(compile(path.read_bytes(), path, "exec"), vars(main))  # noqa: S102  # the user's script
-    finally:
-        sys.modules["__main__"] = before
+    exec(compile(Path(path).read_bytes(), path, "exec"), vars(main))  # noqa: S102  # the user's script
 
 
 def _status(end: SystemExit) -> int:
@@ -72,12 +72,13 @@ def _status(end: SystemExit) -> int:
     return 1
 
 
-def _print(error: BaseException) -> None:
-    """The traceback from the script's own first frame on."""
+def _of_the_script(error: BaseException) -> TracebackType | None:
+    """The traceback from the script's own first frame on; none where it could not be compiled."""
     frames = error.__traceback__
     while frames is not None and (
         frames.tb_frame.f_code.co_filename in {__file__, runpy.__file__}
         or "runpy" in frames.tb_frame.f_code.co_filename
     ):
         frames = frames.tb_next
-    traceback.print_exception(type(error), error, frames or error.__traceback__)
+    error.__traceback__ = frames  # traceback.print_exception reads it there
+    return frames

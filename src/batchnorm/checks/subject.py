@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.model.discovery import batch_norms, constant_norms
 from batchnorm.model.freezing import Frozen
-from batchnorm.model.recalibration import Moments
+from batchnorm.model.recalibration import Moments, size_of
 from batchnorm.model.tracing import Traced, trace
 
 # Any: torch types no attribute of a module, and a layer here is one with running statistics
@@ -70,11 +70,22 @@ class Training:
     # (its statistics were updated, gradients)
     calls: dict[Layer, Counter[tuple[bool, bool]]] = field(default_factory=dict)
     recomputed: Counter[Layer] = field(default_factory=Counter)
-    smallest: dict[Layer, int] = field(default_factory=dict)  # values per channel, in training
+    # values per channel in training -> calls
+    values: dict[Layer, Counter[int]] = field(default_factory=dict)
     thawed: set[Layer] = field(default_factory=set)  # in evaluation mode at one step, later not
+    noticed: int = 0  # steps of any optimizer
+    # weights that took no gradient in the last ten of those steps, or in all, and did not move
+    fixed: set[Layer] = field(default_factory=set)
+    # with statistics of data whatever the counter says: loaded without it, or taken anew
+    filled: set[Layer] = field(default_factory=set)
     drift: dict[Layer, float] = field(default_factory=dict)  # see `watching`, of the last looks
     # synchronised norm -> its calls in a step, beside those of the most called one -> steps
     synced: dict[Layer, Counter[tuple[int, int]]] = field(default_factory=dict)
+
+    def usual(self, layer: Layer) -> int | None:
+        """Values per channel in most training batches; a last, smaller one is not among them."""
+        sizes = self.values.get(layer)
+        return sizes.most_common(1)[0][0] if sizes else None
 
 
 @dataclass
@@ -124,6 +135,9 @@ def is_norm(module: nn.Module) -> bool:
 
 def loading_of(loader: Any) -> Loading | None:
     """Of a DataLoader, or of a list of batches."""
+    if isinstance(loader, list | tuple) and loader:
+        sizes = [size_of(batch) for batch in loader]
+        return Loading(max(sizes), sizes[-1])
     batch_size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
     if not isinstance(batch_size, int) or sampler is None:
         return None

@@ -3,13 +3,17 @@
 torch's global hooks tell of every call of a module and every step of an optimizer. What is noted
 are counts; every `every` steps the layers' inputs are looked at, too. Nothing is drawn from a random
 generator, nothing is written into a module, so the training's numbers are what they would be. Of a
-model that torch.compile took, the passes, modes and buffers are seen, and not the layers' inputs.
+model that torch.compile took, modes and buffers are seen at every step, the passes where the module
+itself was compiled, and never the layers' inputs.
 """
 
+import gc
+import warnings
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +27,18 @@ from batchnorm.checks.checking import Names, _listed, judge, level_of
 from batchnorm.checks.findings import Findings, Level
 from batchnorm.checks.probing import standardized_gap
 from batchnorm.checks.rules import chosen
+from batchnorm.checks.rules.state import initial
 from batchnorm.checks.subject import Subject, Training
+from batchnorm.errors import BatchNormError, brief
+from batchnorm.kernels.native import transformed
 from batchnorm.model.discovery import batch_norms
+from batchnorm.model.freezing import SET_ASIDE
 from batchnorm.model.recalibration import Moments
 
 EVERY = 50  # steps between two looks at the layers' inputs
 KEPT = 4  # looks that count, the last ones
+FIXED = 10  # steps without a gradient: a GAN's half waits for fewer
+MODELS = 8  # held at once: when another comes, the one that rested longest is judged and let go
 
 
 class Watch:
@@ -44,90 +54,186 @@ class Watch:
         ignore: Names | None = None,
         writer: Any = None,
     ) -> None:
+        if every < 1:
+            raise BatchNormError(f"watch got every={every} and wants a number of steps from 1 on.")
         self._only = model
         self._writer = writer
         self._every = every
         self._level = level_of(level)
         self._rules = chosen(_listed(select), _listed(ignore))
-        self._roots: dict[nn.Module, _Root] = {}
-        self._entries: dict[nn.Module, _Root] = {}  # the modules that the training itself calls
-        self._owners: dict[nn.Module, _Root] = {}  # of the norms
-        self._parts: dict[nn.Module, set[nn.Module]] = {}  # what is in each entry
-        self._known: set[nn.Module] = set()  # the others, which tell nothing
-        self._trained: dict[Any, list[_Root | None]] = {}  # by which optimizer
-        self._count = 0  # of steps
+        self._roots: list[_Root] = []
+        self._done: list[Findings] = []  # of the models that were let go
+        # by id, since a module may not be hashable; an entry leaves with its module
+        self._roles: dict[int, _Role] = {}
+        self._alive: dict[int, weakref.ref[nn.Module]] = {}
+        # optimizer -> the models that it trains, and how many had been met when that was looked up
+        self._trained: dict[Any, tuple[int, list[_Root]]] = {}
+        self._meetings = 0
+        self._steps = 0
+        self._asleep = False  # while a model is judged, which calls its modules
+        self._failure: str | None = None
 
-    # hooks
+    # hooks: whatever goes wrong here is ours, and not the training's
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Before a module's forward."""
-        # what is compiled calls no hook: of such a model only the whole is seen
-        if module in self._known or torch.compiler.is_compiling():
+        # first, so that a compiler sees nothing but a constant
+        if torch.compiler.is_compiling() or self._asleep:
             return
-        if module not in self._entries and module not in self._owners:
-            self._meet(module)
-        if (entered := self._entries.get(module)) is not None and not _recomputing():
-            entered.begin(module)
-        if (owner := self._owners.get(module)) is not None:
-            owner.see(module, args[0] if args else None, _recomputing())
-
-    def _meet(self, module: nn.Module) -> None:
-        """A module that is called for the first time: parents are called before their parts."""
-        if any(module in entry_parts for entry_parts in self._parts.values()):
-            self._known.add(module)
-            return
-        inside = set(module.modules())
-        if not any(isinstance(m, _BatchNorm) for m in inside):
-            self._known.add(module)
-            return
-        model = module if self._only is None else self._only
-        if module not in set(model.modules()):
-            self._known.add(module)
-            return
-        root = self._roots.setdefault(model, _Root(model))
-        for part in [other for other in self._roots if other is not model and other in inside]:
-            root.take(self._roots.pop(part))  # it was called by itself before
-        self._entries = {m: r for m, r in self._entries.items() if m not in inside}
-        self._parts = {m: parts for m, parts in self._parts.items() if m not in inside}
-        self._entries[module], self._parts[module] = root, inside - {module}
-        self._owners.update({m: root for m in inside if isinstance(m, _BatchNorm)})
-        self._known -= inside
+        try:
+            role = self._roles.get(id(module))
+            if role is None:
+                role = self._meet(module)
+            if role.entry is not None and not _recomputing():
+                role.entry.begin(module, self._steps)
+            if role.owner is not None:
+                role.owner.see(module, args[0] if args else None, _recomputing())
+        except Exception as error:  # noqa: BLE001  # modules are of every kind
+            if id(module) not in self._roles:
+                self._play(module, None, None)
+            self._failure = self._failure or brief(error)
 
     def step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Behind an optimizer's step."""
         del args, kwargs
-        roots = self._trained.get(optimizer, [])
-        if len(roots) != len(self._roots) or self._count % self._every == 0:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            # None for a model of another optimizer
-            roots = [root if root.parameters & held else None for root in self._roots.values()]
-            self._trained[optimizer] = roots
-        self._count += 1
-        for root in roots:
-            if root is not None:
+        if self._asleep:
+            return
+        try:
+            trained = self._trained_by(optimizer)
+            self._steps += 1
+            for root in self._roots:
+                root.notice()
+            for root in trained:
                 if self._writer is not None and root.looked:
                     root.write(self._writer)
                 root.step(self._every)
+        except Exception as error:  # noqa: BLE001  # as above
+            self._failure = self._failure or brief(error)
+
+    def _meet(self, module: nn.Module) -> "_Role":
+        """A module that is called for the first time: parents are called before their parts."""
+        if getattr(module, "_is_replica", False):  # DataParallel's, made anew for every pass
+            return NOTHING
+        for root in self._roots:
+            if any(module in set(entry.modules()) for entry in root.entries):
+                root.grow()  # by a part that was added later
+                return self._play(module, None, root)
+        inside = set(module.modules())
+        model = module if self._only is None else self._only
+        if not any(isinstance(m, _BatchNorm) for m in inside) or module not in set(model.modules()):
+            return self._play(module, None, None)
+        root = next((r for r in self._roots if r.module is model), None) or self._begin(model)
+        for part in [r for r in self._roots if r is not root and r.module in inside]:
+            root.take(part)  # it was called by itself before
+            self._roots.remove(part)
+        root.entries = [*(entry for entry in root.entries if entry not in inside), module]
+        self._meetings += 1
+        for inner in inside - {module}:
+            self._play(inner, None, root)
+        return self._play(module, root, root)
+
+    def _play(self, module: nn.Module, entry: "_Root | None", owner: "_Root | None") -> "_Role":
+        key = id(module)
+
+        def forget(_: object) -> None:
+            self._roles.pop(key, None)
+            self._alive.pop(key, None)
+
+        role = _Role(entry, owner if isinstance(module, _BatchNorm) else None)
+        self._roles[key], self._alive[key] = role, weakref.ref(module, forget)
+        return role
+
+    def _begin(self, model: nn.Module) -> "_Root":
+        whole = [root for root in self._roots if not isinstance(root.module, _BatchNorm)]
+        if len(whole) >= MODELS:
+            self._let_go(min(whole, key=lambda root: root.last))
+        root = _Root(model)
+        self._roots.append(root)
+        return root
+
+    def _let_go(self, root: "_Root") -> None:
+        self._done.append(self._judge(root))
+        self._roots.remove(root)
+        self._roles = {key: NOTHING if root in role else role for key, role in self._roles.items()}
+        left = set(self._roots)
+        self._trained = {o: known for o, known in self._trained.items() if left & set(known[1])}
+
+    def _trained_by(self, optimizer: Any) -> list["_Root"]:
+        """The models that hold one of the optimizer's parameters."""
+        meetings, roots = self._trained.get(optimizer, (-1, []))
+        if meetings == self._meetings and self._steps % self._every:
+            return roots
+        held = _held(optimizer)
+        roots = self._holding(held)
+        if meetings < 0 and all(isinstance(root.module, _BatchNorm) for root in roots):
+            for model in _outermost(held):  # compiled, or run by its forward
+                self._meet(model)
+            roots = self._holding(held)
+        if roots or meetings < 0:
+            self._trained[optimizer] = self._meetings, roots
+        return roots
+
+    def _holding(self, held: set[int]) -> list["_Root"]:
+        return [root for root in self._roots if root.parameters() & held]
 
     # results
 
     @property
     def models(self) -> list[nn.Module]:
-        """Those that ran with batch norm in them."""
-        return list(self._roots)
+        """Those that ran with batch norm in them and were not let go."""
+        return [root.module for root in self._roots]
 
     def findings(self) -> list[Findings]:
-        """What is wrong with each model, by what was seen until now."""
-        return [self._judge(root) for root in self._roots.values()]
+        """What is wrong with each model, by what was seen until now; of its copies once."""
+        told: list[Findings] = []
+        for each in [*self._done, *map(self._judge, self._roots)]:
+            places = {(f.rule, f.layer) for f in each}
+            alike = [other for other in told if other.model == each.model]
+            if not any(places <= {(f.rule, f.layer) for f in other} for other in alike):
+                told.append(each)
+        return told
 
     def _judge(self, root: "_Root") -> Findings:
-        optimizers = [
-            each
-            for each in self._trained
-            if root.parameters & {id(p) for group in each.param_groups for p in group["params"]}
-        ]
+        optimizers = [each for each, (_, roots) in self._trained.items() if root in roots]
         subject = Subject(root.module, optimizers, training=root.training())
-        return judge(subject, self._rules, self._level, {})
+        skipped = {} if self._failure is None else {"(hook)": self._failure}
+        self._asleep = True
+        try:
+            return judge(subject, self._rules, self._level, skipped)
+        finally:
+            self._asleep = False
+
+
+class _Role(NamedTuple):
+    """What the watch does when a module is called."""
+
+    entry: "_Root | None"  # the model whose pass begins
+    owner: "_Root | None"  # the model whose norm this is
+
+
+NOTHING = _Role(None, None)
+
+
+def _held(optimizer: Any) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _outermost(held: set[int]) -> list[nn.Module]:
+    """The largest modules with batch norm that hold one of these parameters, wherever they are.
+
+    A pass of what was compiled is seen by no hook; its parameters' optimizer is.
+    """
+    # type(), since isinstance asks the object, which may be a proxy
+    modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module)]
+    holding = [
+        m
+        for m in modules
+        if not isinstance(m, _BatchNorm)
+        and any(id(p) in held for p in m.parameters())
+        and any(isinstance(part, _BatchNorm) for part in m.modules())
+    ]
+    parts = {id(part) for m in holding for part in m.modules() if part is not m}
+    return [m for m in holding if id(m) not in parts]
 
 
 class _Root:
@@ -135,48 +241,97 @@ class _Root:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.modules = set(module.modules())
-        self.parameters = {id(p) for p in module.parameters()}
+        self.entries: list[nn.Module] = []  # the modules in it that the training itself calls
+        self.last = 0  # step at which it ran
         self.seen = Training()
-        self._was_evaluating: set[_BatchNorm] = set()
+        self._required: dict[_BatchNorm, bool] = {}  # in evaluation mode at a step -> a gradient
         self._looks: dict[_BatchNorm, deque[float]] = {}  # gaps², the last ones
         self._looking = True
         self._blind = False  # since the last step
-        self._layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-        # since the last step
-        self._synced = Counter({m: 0 for m in self._layers if isinstance(m, nn.SyncBatchNorm)})
+        self._averaging = False  # in a pass that takes statistics anew
+        self._layers: list[Any] = []
+        # whose weight takes no gradient -> since which step, and as it was
+        self._fixed: dict[Any, tuple[int, Tensor]] = {}
+        self._synced: Counter[Any] = Counter()  # since the last step
+        self.grow()
+
+    def grow(self) -> None:
+        """Take up the norms that were not there before."""
+        for layer in batch_norms(self.module).values():
+            if layer in self._layers:
+                continue
+            self._layers.append(layer)
+            if _loaded_without_counter(layer):
+                self.seen.filled.add(layer)
+            if isinstance(layer, nn.SyncBatchNorm):
+                self._synced[layer] = 0
+
+    def parameters(self) -> set[int]:
+        return {id(p) for p in self.module.parameters()}
 
     def take(self, other: "_Root") -> None:
         """A part that ran by itself before the whole did."""
         self.seen.calls.update(other.seen.calls)
+        self.seen.filled |= other.seen.filled
 
-    def begin(self, module: nn.Module) -> None:
+    def begin(self, module: nn.Module, step: int) -> None:
         gradients = torch.is_grad_enabled()
+        self.last = step
+        self._averaging = module.training and not gradients and self._takes_averages()
+        if self._averaging:
+            return
         self.seen.forwards[module.training, gradients] += 1
         self._blind |= module.training and not gradients
 
+    def _takes_averages(self) -> bool:
+        """As torch.optim.swa_utils.update_bn does: no gradients, and every momentum is None."""
+        training = [layer for layer in self._layers if layer.training]
+        return bool(training) and all(layer.momentum is None for layer in training)
+
     def see(self, layer: Any, x: Any, recomputed: bool) -> None:
-        seen, training = self.seen, layer.training
+        seen = self.seen
+        updates = layer.training and layer.track_running_stats and layer not in SET_ASIDE
         if recomputed:
-            seen.recomputed[layer] += training
+            seen.recomputed[layer] += updates
+            return
+        gradients = torch.is_grad_enabled()
+        if self._averaging:
+            seen.filled.add(layer)
             return
         calls = seen.calls.get(layer)
         if calls is None:
             calls = seen.calls[layer] = Counter()
-        calls[training and layer.track_running_stats, torch.is_grad_enabled()] += 1
-        if training and layer in self._synced:
+        calls[updates, gradients] += 1
+        if layer.training and layer in self._synced:
             self._synced[layer] += 1
-        if not training or not isinstance(x, Tensor) or x.dim() < 2 or not torch.is_grad_enabled():
+        if not layer.training or not gradients or not isinstance(x, Tensor) or x.dim() < 2:
             return
         values = x.numel() // max(x.shape[1], 1)
-        if values < seen.smallest.get(layer, values + 1):
-            seen.smallest[layer] = values
-        if self._looking and values > 1 and x.is_floating_point() and _filled(layer):
-            batch = Moments()
-            batch.merge(*kernels.moments(x.detach()), values)
-            chance = 1.5 / values  # of a mean, 1 / n of a variance; of a log deviation, 1 / 2n
-            looks = self._looks.setdefault(layer, deque(maxlen=KEPT))
-            looks.append(standardized_gap(layer, batch) ** 2 - chance)
+        sizes = seen.values.get(layer)
+        if sizes is None:
+            sizes = seen.values[layer] = Counter()
+        sizes[values] += 1
+        if self._looking and values > 1 and x.is_floating_point() and not transformed():
+            self._look(layer, x.detach())
+
+    def _look(self, layer: Any, x: Tensor) -> None:
+        if not _forgotten(layer) and layer not in self.seen.filled:
+            return
+        batch = Moments()
+        batch.merge(*kernels.moments(x), x.numel() // x.shape[1])
+        # of a mean 1 / n of a variance, of a log deviation 1 / 2n; a sample's pixels are one value
+        chance = 1.5 / x.shape[0]
+        looks = self._looks.setdefault(layer, deque(maxlen=KEPT))
+        looks.append(standardized_gap(layer, batch) ** 2 - chance)
+
+    def notice(self) -> None:
+        """At every step, whoever trains: a weight that takes a gradient is not fixed."""
+        self.seen.noticed += 1
+        for layer in self._layers:
+            if layer.weight is None or layer.weight.requires_grad:
+                self._fixed.pop(layer, None)
+            elif layer not in self._fixed and not is_lazy(layer.weight):
+                self._fixed[layer] = self.seen.noticed, layer.weight.detach().clone()
 
     def step(self, every: int) -> None:
         self.seen.steps += 1
@@ -191,8 +346,8 @@ class _Root:
             return
         for layer in self._layers:
             if not layer.training:
-                self._was_evaluating.add(layer)
-            elif layer in self._was_evaluating:
+                self._required[layer] = _requires_grad(layer)
+            elif layer in self._required and self._required[layer] == _requires_grad(layer):
                 self.seen.thawed.add(layer)
 
     @property
@@ -211,15 +366,34 @@ class _Root:
         self.seen.drift = {
             layer: max(sum(looks) / len(looks), 0.0) ** 0.5 for layer, looks in self._looks.items()
         }
+        # an average of another model's weights changes without a gradient
+        self.seen.fixed = {
+            layer
+            for layer, (since, weight) in self._fixed.items()
+            if (since == 1 < self.seen.noticed or self.seen.noticed - since >= FIXED)
+            and torch.equal(layer.weight, weight)
+        }
         return self.seen
 
 
-def _filled(layer: _BatchNorm) -> bool:
-    """Its average has forgotten the initial values, of which it keeps 0.05 or less."""
+def _loaded_without_counter(layer: Any) -> bool:
+    counter, mean = layer.num_batches_tracked, layer.running_mean
+    if counter is None or mean is None or is_lazy(mean) or counter.is_meta:
+        return False
+    return int(counter) == 0 and not initial(layer)
+
+
+def _forgotten(layer: Any) -> bool:
+    """Its average keeps 0.05 or less of the values that it began with."""
     if layer.running_mean is None or is_lazy(layer.running_mean):
         return False
     counter, momentum = layer.num_batches_tracked, layer.momentum
     return counter is None or momentum is None or (1 - momentum) ** int(counter) <= 0.05
+
+
+def _requires_grad(layer: Any) -> bool:
+    """A layer that is unfrozen on purpose takes gradients again."""
+    return any(p is not None and p.requires_grad for p in (layer.weight, layer.bias))
 
 
 def _recomputing() -> bool:
@@ -253,7 +427,9 @@ def watch(
         The watch.
     """
     watching = Watch(model, every=every, level=level, select=select, ignore=ignore, writer=writer)
-    with ExitStack() as hooks:
+    with ExitStack() as hooks, warnings.catch_warnings():
+        # torch warns of global hooks where a module is compiled, and these allow for it
+        warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are")
         hooks.enter_context(_removed(torch_module.register_module_forward_pre_hook(watching.enter)))
         hooks.enter_context(_removed(register_optimizer_step_post_hook(watching.step)))
         yield watching

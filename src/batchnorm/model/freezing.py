@@ -9,7 +9,7 @@ A layer as torch makes it has use=False, update=True. `freeze` sets use=True, up
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -202,6 +202,45 @@ def no_update(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, tracked in before.items():
             layer.track_running_stats = tracked
+
+
+SET_ASIDE: set[nn.Module] = set()  # the layers whose statistics are a copy at the moment
+
+
+def update_once(
+    model: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What to do in a checkpoint's forward pass, and at its recomputation: there, update nothing.
+
+    `torch.utils.checkpoint` computes its part again in the backward pass, and the running statistics
+    would move twice:
+
+        checkpoint(block, x, use_reentrant=False, context_fn=lambda: update_once(block))
+
+    The recomputation works on copies of the statistics, so that it saves what the first pass saved.
+
+    Returns:
+        Two context managers, as `context_fn` wants them.
+    """
+    refuse_no_model(model, "update_once")
+    return nullcontext(), _set_aside(model)
+
+
+@contextmanager
+def _set_aside(model: nn.Module) -> Iterator[None]:
+    layers = {m for m in batch_norms(model).values() if m not in SET_ASIDE}
+    before = {layer: dict(layer.named_buffers(recurse=False)) for layer in layers}
+    try:
+        SET_ASIDE.update(layers)
+        for layer, buffers in before.items():
+            for name, buffer in buffers.items():
+                setattr(layer, name, buffer.clone())
+        yield
+    finally:
+        for layer, buffers in before.items():
+            for name, buffer in buffers.items():
+                setattr(layer, name, buffer)
+        SET_ASIDE.difference_update(layers)
 
 
 def freeze_layer(layer: _BatchNorm, *, use: bool, update: bool, parameters: bool) -> _BatchNorm:

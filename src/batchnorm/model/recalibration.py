@@ -160,9 +160,8 @@ class Collector:
         self._eager.enter_context(eagerly())
         self._modes = {module: module.training for module in self.model.modules()}
         self._buffers = {layer: (layer.running_mean, layer.running_var) for layer in self.layers}
-        self.model.eval()
         for module in self.model.modules():
-            module.training = False  # a frozen layer's own train() may not listen
+            module.training = False  # not by eval(), which models overwrite to change their weights
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -255,7 +254,7 @@ def run(model: nn.Module, batch: Any) -> Any:
         case [first, *_]:
             return model(first)
     raise BatchNormError(
-        f"recalibrate got a batch of type {type(batch).__name__} and wants a tensor, a tuple or "
+        f"got a batch of type {type(batch).__name__} and wants a tensor, a tuple or "
         "list that begins with the input, or a mapping of keyword arguments. For any other pass "
         "forward=, a function that runs the model on a batch."
     )

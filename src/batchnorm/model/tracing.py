@@ -3,13 +3,16 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from batchnorm.model.calling import unchanged
 from batchnorm.model.discovery import constant_norms
 
 KINDS = (_BatchNorm, _ConvNd, nn.Linear)
@@ -72,7 +75,9 @@ def trace(model: nn.Module) -> Traced:
     """Trace the model, or, where its control flow forbids, each of its parts by itself."""
     traced = Traced()
     constants = set(constant_norms(model).values())
-    for name, part, graph in _graphs(model, "", constants, traced, set()):
+    with unchanged(model):  # a forward that keeps what it computes would keep a proxy
+        graphs = list(_graphs(model, "", constants, traced, set()))
+    for name, part, graph in graphs:
         _read(name, part, graph, traced)
     return traced
 
@@ -92,8 +97,8 @@ def _graphs(
         if not list(module.children()) or tracer.is_leaf_module(module, name):
             return
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the model's own forward
+            with warnings.catch_warnings(), redirect_stdout(StringIO()):
+                warnings.simplefilter("ignore")  # of the model's own forward, which may print, too
                 graph = tracer.trace(module)
         except Exception as error:  # noqa: BLE001  # a model's forward may raise anything on a proxy
             traced.untraced[name] = str(error).partition("\n")[0]

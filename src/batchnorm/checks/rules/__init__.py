@@ -32,7 +32,7 @@ class Evidence:
 
 
 Find = Callable[[Subject], Iterator[Evidence]]
-Mend = Callable[[Subject, str], str]  # the layer's name -> what was done
+Mend = Callable[[Subject, str], str | None]  # the layer's name -> what was done, if anything
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Rule:
 
 
 _RULES: dict[str, Rule] = {}
+_FAILED: dict[str, str] = {}
 
 
 def rule(
@@ -86,10 +87,14 @@ def _load() -> None:
     for entry in entry_points(group=GROUP):
         try:
             entry.load()
-        except Exception as error:
-            raise BatchNormError(
-                f"the rules of {entry.value} ({GROUP}) could not be loaded: {brief(error)}."
-            ) from error
+        except Exception as error:  # noqa: BLE001  # another package's; ours are checked all the same
+            _FAILED[entry.value] = f"could not be loaded: {brief(error)}"
+
+
+def failed() -> dict[str, str]:
+    """The packages whose rules could not be loaded, and why."""
+    _load()
+    return dict(_FAILED)
 
 
 def all_rules() -> dict[str, Rule]:
@@ -101,12 +106,12 @@ def all_rules() -> dict[str, Rule]:
 def chosen(select: list[str] | None, ignore: list[str] | None) -> list[Rule]:
     """Those whose identifiers begin with one of `select`, and with none of `ignore`."""
     rules = all_rules()
-    for prefix in (*(select or []), *(ignore or [])):
+    select, ignore = ([name.upper() for name in names or []] for names in (select, ignore))
+    for prefix in (*select, *ignore):
         if not any(name.startswith(prefix) for name in rules):
             raise BatchNormError(f"there is no rule {prefix!r}; there are {', '.join(rules)}.")
     return [
         each
         for name, each in rules.items()
-        if (not select or name.startswith(tuple(select)))
-        and not (ignore and name.startswith(tuple(ignore)))
+        if (not select or name.startswith(tuple(select))) and not name.startswith(tuple(ignore))
     ]

@@ -12,6 +12,13 @@ from batchnorm.checks.subject import Layer, Seen, Subject
 FEW = 16
 
 
+def _perhaps_one_value(subject: Subject) -> Iterator[Evidence]:
+    for name, layer in subject.layers.items():
+        if isinstance(layer, nn.BatchNorm1d) and layer.training:
+            text = "the loader's last batch has 1 sample; on (N, C) inputs that is 1 value"
+            yield Evidence(name, text, {"last_batch": 1}, Level.WARNING)
+
+
 def _by_batch(subject: Subject) -> Iterator[tuple[str, Layer, list[Seen]]]:
     """The layers that normalize by the batch when the model trains, with their calls."""
     for name, layer in subject.layers.items():
@@ -33,10 +40,13 @@ def one_value(subject: Subject) -> Iterator[Evidence]:
     """A batch of one sample and no pixels beside it: one value has no variance, and torch raises.
 
     Either the loader's last batch holds a single sample (the number of samples modulo the batch size
-    is 1, and it is not dropped), or a layer behind a pooling to 1×1 gets batches of one.
+    is 1, and it is not dropped), or a layer behind a pooling to 1×1 gets batches of one. A model in
+    evaluation mode is not asked: its loader need not be that of its training.
     """
     loading, probe, seen = subject.loading, subject.probe, subject.training
-    for name, _, calls in _by_batch(subject):
+    for name, layer, calls in _by_batch(subject):
+        if not layer.training:
+            continue  # these are not the batches of its training
         least = min(calls, key=lambda call: call.values)
         each = least.values // max(least.shape[0], 1)  # values of one sample
         if least.values == 1:
@@ -47,13 +57,10 @@ def one_value(subject: Subject) -> Iterator[Evidence]:
             text = "the loader's last batch has 1 sample, and this layer 1 value of each sample"
             yield Evidence(name, text, {"last_batch": 1})
     if probe is None and loading is not None and loading.last_batch == 1:
-        for name, layer in subject.layers.items():
-            if isinstance(layer, nn.BatchNorm1d) and not subject.frozen(layer):
-                text = "the loader's last batch has 1 sample; on (N, C) inputs that is 1 value"
-                yield Evidence(name, text, {"last_batch": 1}, Level.WARNING)
+        yield from _perhaps_one_value(subject)
     if seen is not None:
-        for layer, values in seen.smallest.items():
-            if values == 1 and layer in subject.names:
+        for layer, sizes in seen.values.items():
+            if 1 in sizes and layer in subject.names:
                 yield Evidence(
                     subject.names[layer], "1 value per channel in training", {"values": 1}
                 )
@@ -73,7 +80,8 @@ def few_values(subject: Subject) -> Iterator[Evidence]:
 
     The mean of n values errs by σ/√n, their standard deviation by about σ/√(2n): at 16 a quarter and
     a sixth of a standard deviation in every channel and every step, and evaluation has none of that
-    noise. Wu and He (2018) measured it: accuracy falls from 16 samples a device downwards.
+    noise. Wu and He (2018) measured it: accuracy falls from 16 samples a device downwards. Asked of
+    layers in training mode only, and in a training of the size that most batches have.
     """
     for name, layer, calls in _by_batch(subject):
         loader = subject.loading.batch_size if subject.loading is not None else None
@@ -81,13 +89,14 @@ def few_values(subject: Subject) -> Iterator[Evidence]:
         size = max(call.shape[0] for call in calls)
         if loader is not None and loader > size:
             values = values // size * loader
-        if 1 < values < FEW and layer.training | (not subject.model.training):
+        if 1 < values < FEW and layer.training:
             text = f"{values} values per channel (reported below {FEW})"
             yield Evidence(name, text, {"values": values})
     if subject.training is not None:
-        for layer, values in subject.training.smallest.items():
+        for layer in subject.training.values:
+            values = subject.training.usual(layer) or 0
             if 1 < values < FEW and layer in subject.names:
-                text = f"{values} values per channel in the smallest batch (reported below {FEW})"
+                text = f"{values} values per channel in most batches (reported below {FEW})"
                 yield Evidence(subject.names[layer], text, {"values": values})
 
 
@@ -225,7 +234,8 @@ def batch_dependence(subject: Subject) -> Iterator[Evidence]:
     Measured in evaluation mode; reported above 1e-3 of the outputs' standard deviation, far above
     what another summation order does in float32. Somewhere statistics of the batch are used: a
     hand-written layer whose switch is not `self.training`, `F.batch_norm(training=True)`, a layer
-    without running statistics (BN010). Observers of quantization-aware training do it too, on
+    without running statistics (BN010). A model that gives the same batch other outputs in a second
+    pass, as one that draws noise, is not compared. Observers of quantization-aware training do it too, on
     purpose: nothing is said of a model that has them.
     """
     probe = subject.probe

@@ -1,6 +1,7 @@
 """Rules that read a model as it stands: buffers, parameters, switches."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -20,10 +21,19 @@ def _known(subject: Subject) -> Iterator[tuple[str, Layer]]:
     return ((n, m) for n, m in subject.tracking() if not is_lazy(m.running_mean))
 
 
-def _reset(subject: Subject, name: str) -> str:
+def _broken(layer: Layer) -> tuple[Tensor, Tensor]:
+    """The channels whose mean or variance is not finite, and those whose variance is negative."""
+    infinite = ~(layer.running_mean.isfinite() & layer.running_var.isfinite())
+    return infinite, ~infinite & (layer.running_var < 0)
+
+
+def _reset_broken(subject: Subject, name: str) -> str:
     layer = subject.layers[name]
-    layer.reset_running_stats()
-    return f"{name}: the running statistics were reset; recalibrate or train to fill them"
+    infinite, negative = _broken(layer)
+    broken = infinite | negative
+    layer.running_mean.masked_fill_(broken, 0)
+    layer.running_var.masked_fill_(broken, 1)
+    return f"{name}: mean 0 and variance 1 in {int(broken.sum())} channels, the others as they were"
 
 
 @rule(
@@ -34,7 +44,7 @@ def _reset(subject: Subject, name: str) -> str:
     layer.reset_running_stats()
     batchnorm.recalibrate(model, loader)
     """,
-    mend=_reset,
+    mend=_reset_broken,
 )
 def broken_statistics(subject: Subject) -> Iterator[Evidence]:
     """A running mean or variance that is NaN or infinite, or a variance below 0.
@@ -44,25 +54,22 @@ def broken_statistics(subject: Subject) -> Iterator[Evidence]:
     as E[x²] − E[x]², or from weights that were averaged, rounded or edited. There is no threshold.
     """
     for name, layer in _known(subject):
-        mean, var = layer.running_mean, layer.running_var
-        broken = int((~(mean.isfinite() & var.isfinite())).sum())
-        negative = int((var < 0).sum())
-        if broken:
-            text = f"{broken} of {len(var)} channels have a mean or variance that is not finite"
-            yield Evidence(name, text, {"channels": broken, "of": len(var)})
-        elif negative:
-            text = f"{negative} of {len(var)} channels have a negative running variance"
-            yield Evidence(name, text, {"channels": negative, "of": len(var)})
+        kinds = ("a mean or variance that is not finite", "a negative running variance")
+        for broken, kind in zip(_broken(layer), kinds, strict=True):
+            if count := int(broken.sum()):
+                text = f"{count} of {len(broken)} channels have {kind}"
+                yield Evidence(name, text, {"channels": count, "of": len(broken)})
+
+
+def initial(layer: Layer) -> bool:
+    """Its mean is 0 and its variance 1 in every channel."""
+    return not layer.running_mean.any() and bool((layer.running_var == 1).all())
 
 
 def untrained(layer: Layer) -> bool:
     """Its statistics are those that it was made with."""
     counter = layer.num_batches_tracked
-    return (
-        (counter is None or int(counter) == 0)
-        and not layer.running_mean.any()
-        and bool((layer.running_var == 1).all())
-    )
+    return (counter is None or int(counter) == 0) and initial(layer)
 
 
 @rule(
@@ -107,9 +114,13 @@ def no_running_statistics(subject: Subject) -> Iterator[Evidence]:
             yield Evidence(name, "track_running_stats=False")
 
 
-def _one_minus(subject: Subject, name: str) -> str:
+def _one_minus(subject: Subject, name: str) -> str | None:
     layer = subject.layers[name]
-    old, layer.momentum = layer.momentum, round(1 - layer.momentum, 12)
+    old = layer.momentum
+    if old == 1:
+        return None  # may be meant
+    # 0.99 was Keras's; of what is no share, or a half, torch's default
+    layer.momentum = round(1 - old, 12) if 0.5 < old < 1 else 0.1
     return f"{name}: momentum {old} is now {layer.momentum}"
 
 
@@ -246,7 +257,8 @@ def training_while_evaluated(subject: Subject) -> Iterator[Evidence]:
 
     Every forward pass then normalizes by its batch and moves the running statistics: results depend
     on the order and size of the batches, and test data leaks into the model. Seen in a training by
-    passes without gradients in training mode where no pass was ever in evaluation mode.
+    passes without gradients in training mode where fewer than a tenth as many were in evaluation
+    mode. Passes that take the statistics anew, as torch's `update_bn` does, do not count.
     """
     if not subject.model.training:
         for name, layer in subject.layers.items():
@@ -254,8 +266,8 @@ def training_while_evaluated(subject: Subject) -> Iterator[Evidence]:
                 yield Evidence(name, "training=True in a model with training=False")
     seen = subject.training
     if seen is not None and evaluated_in_training_mode(seen):
-        blind = seen.forwards[True, False]
-        text = f"{blind} passes without gradients in training mode, and none in evaluation mode"
+        blind, right = seen.forwards[True, False], _evaluated(seen)
+        text = f"{blind} passes without gradients in training mode, {right} in evaluation mode"
         yield Evidence("", text, {"passes": blind})
 
 
@@ -264,10 +276,15 @@ def evaluated_in_training_mode(seen: Training) -> bool:
 
     Where they come with every other step or more they are a part of it, as a generator's in a GAN.
     """
-    evaluated = seen.forwards[False, False] + seen.forwards[False, True]
-    moved = any(calls[True, False] for calls in seen.calls.values())
+    blind = seen.forwards[True, False]
+    # where no call was seen the model is compiled
+    moved = not seen.calls or any(calls[True, False] for calls in seen.calls.values())
     now_and_then = seen.blind_steps < seen.steps / 2
-    return seen.forwards[True, False] > 1 and not evaluated and moved and now_and_then
+    return blind > 1 and _evaluated(seen) < blind / 10 and moved and now_and_then
+
+
+def _evaluated(seen: Training) -> int:
+    return seen.forwards[False, False] + seen.forwards[False, True]
 
 
 def _freeze(subject: Subject, name: str) -> str:
@@ -287,16 +304,21 @@ def frozen_by_requires_grad_alone(subject: Subject) -> Iterator[Evidence]:
     """Weight and bias take no gradient, and in training mode the running statistics are updated.
 
     The layer normalizes by the batch and drifts to the new data, which a frozen backbone was meant
-    not to do. Only where something else in the model is trained, or where the layer was seen in
-    steps: a model whose every parameter is switched off for a moment (a GAN's other half) is not
-    one that somebody froze.
+    not to do. Only where something else in the model is trained: a model whose every parameter is
+    switched off for a moment is not one that somebody froze. In a training, where the weight took
+    no gradient in the last ten steps, or in all, and is what it was (a GAN's halves take turns, an
+    average of weights moves), and the layer was called in training mode, whatever else is trained.
     """
-    trained = any(p.requires_grad for p in subject.model.parameters())
-    if not trained:
+    seen = subject.training
+    if seen is None and not any(p.requires_grad for p in subject.model.parameters()):
         return
     for name, layer in _known(subject):
         parameters = [p for p in (layer.weight, layer.bias) if p is not None]
         still = bool(parameters) and not any(p.requires_grad for p in parameters)
+        if seen is not None:
+            calls = seen.calls.get(layer, Counter())
+            updated = calls[True, True] + calls[True, False]
+            still = still and layer in seen.fixed and updated > 0
         if still and layer.training and layer.track_running_stats:
             yield Evidence(name, "requires_grad=False, training=True: the statistics are updated")
 
@@ -311,7 +333,8 @@ def freeze_undone(subject: Subject) -> Iterator[Evidence]:
     """A layer was put in evaluation mode by itself; `model.train()` puts it back.
 
     Seen in a training: a layer that stood in evaluation mode at one step stands in training mode at
-    a later one. In a model at rest it is a note: the script may repeat `layer.eval()` every epoch.
+    a later one, and its weight took a gradient at both or at neither (who unfreezes layer by layer
+    switches gradients on, too). In a model at rest it is a note: the script may repeat `layer.eval()` every epoch.
     """
     seen = subject.training
     if seen is not None:

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 from batchnorm.checks.findings import Level
 from batchnorm.checks.probing import standardized_gap
 from batchnorm.checks.rules import Evidence, rule
-from batchnorm.checks.rules.state import untrained
+from batchnorm.checks.rules.state import initial, untrained
 from batchnorm.checks.subject import Layer, Subject
 
 GAP = 0.25  # of the outputs' standard deviation
@@ -88,7 +88,7 @@ def _drifting(subject: Subject) -> Iterator[Evidence]:
 def initial_share(layer: Layer) -> float | None:
     """(1 − momentum)^t: how much of the initial mean 0 and variance 1 is still in the average."""
     counter, momentum = layer.num_batches_tracked, layer.momentum
-    if counter is None or is_lazy(counter) or momentum is None or not 0 < momentum < 1:
+    if counter is None or is_lazy(counter) or momentum is None or not 0 <= momentum < 1:
         return None
     return float((1 - momentum) ** int(counter))
 
@@ -103,15 +103,20 @@ def too_few_updates(subject: Subject) -> Iterator[Evidence]:
 
     With momentum 0.1 that is below 29 batches, with 0.01 below 299. Whoever recalibrates leaves the
     count of the batches that were read, few and enough: so without a loader it is a note, and with
-    one it is reported where the data's statistics are really different (see BN001).
+    one it is reported where the data's statistics are really different (see BN001). In a training
+    nothing is said of statistics that were loaded without their counter, or taken anew. A momentum
+    of 0 keeps the initial values for ever.
     """
     probe, seen = subject.probe, subject.training
+    filled = seen.filled if seen is not None else set()
     if probe is not None and stale(subject) is None:
         return
     sure = probe is not None or (seen is not None and seen.steps > 0)
     for name, layer in subject.tracking():
         share = initial_share(layer)
         if share is None or share <= 0.05 or untrained(layer) or subject.frozen(layer):
+            continue
+        if layer in filled or (layer.momentum == 0 and not initial(layer)):
             continue
         count = int(layer.num_batches_tracked)
         text = f"{count} batches at momentum {layer.momentum:g}: {share:.0%} is still the initial value"

@@ -41,8 +41,10 @@ def moved_without_gradients(subject: Subject) -> Iterator[Evidence]:
     if evaluated_in_training_mode(seen):
         return  # BN002 says it
     for layer, calls in seen.calls.items():
-        without, with_gradients = calls[True, False], calls[True, True]
-        if without and layer in subject.names:
+        # a reentrant checkpoint runs its part without gradients first, and again in backward
+        without = calls[True, False] - seen.recomputed[layer]
+        with_gradients = calls[True, True]
+        if without > 0 and layer in subject.names:
             level = Level.NOTE if without <= with_gradients else None
             text = f"{without} calls in training mode without gradients, {with_gradients} with"
             yield Evidence(
@@ -50,10 +52,10 @@ def moved_without_gradients(subject: Subject) -> Iterator[Evidence]:
             )
 
 
-def _drop_bias(subject: Subject, name: str) -> str:
+def _drop_bias(subject: Subject, name: str) -> str | None:
     before = _dead_bias_of(subject, subject.layers[name])
     if before is None:
-        return f"{name}: no bias before it any more"
+        return None
     layer = subject.layers[name]
     bias = before.bias
     # running_mean is the mean of what comes in: without the bias it is smaller by it
@@ -80,7 +82,9 @@ def _dead_bias_of(subject: Subject, layer: Layer) -> Any:
         return None  # its features are the last axis, the norm's channels axis 1
     if isinstance(source, nn.Linear) and not subject.calls(layer):
         return None
-    alone = len(subject.traced.calls[source]) == 1
+    alone = len(subject.traced.calls[source]) == 1 and source not in subject.traced.opened
+    names = subject.model.named_parameters(remove_duplicate=False)
+    alone = alone and sum(p is source.bias for _, p in names) == 1
     channels = getattr(source, "out_channels", getattr(source, "out_features", None))
     return source if alone and channels == layer.num_features else None
 
@@ -108,8 +112,9 @@ def dead_bias(subject: Subject) -> Iterator[Evidence]:
     "BN016",
     "Activation checkpointing updates the running statistics twice.",
     remedy="""
-    # torch.utils.checkpoint runs the forward pass again in backward, and the average moves again:
-    layer.momentum = 1 - (1 - layer.momentum) ** 0.5  # two updates make one
+    # torch.utils.checkpoint runs the forward pass again in backward, and the average moves again
+    once = lambda: batchnorm.update_once(block)
+    y = checkpoint(block, x, use_reentrant=False, context_fn=once)
     """,
 )
 def checkpointed(subject: Subject) -> Iterator[Evidence]:
@@ -117,7 +122,9 @@ def checkpointed(subject: Subject) -> Iterator[Evidence]:
 
     running ← 0.9² · running + (1 − 0.9²) · batch: the half-life is half of what it was meant to be,
     and `momentum=None` still averages, but counts double. Seen by the recomputation itself in a
-    training, or, by `check`, by the call stack of a pass with gradients.
+    training, or, by `check`, by the call stack of a pass, where `checkpoint` was given no
+    `context_fn`. With `use_reentrant=True`, which takes none, a momentum of 1 − √(1 − momentum)
+    makes two updates into one; that is not seen, and is what to `ignore` the rule for.
     """
     seen = subject.training
     for name, layer in subject.tracking():
@@ -154,8 +161,10 @@ def accumulation(subject: Subject) -> Iterator[Evidence]:
     passes = seen.forwards[True, True] / seen.steps
     if passes < 1.5:
         return
-    least = min(seen.smallest.values(), default=0)
-    level = Level.WARNING if 0 < least < 16 else None
+    least = min((size for layer in seen.values if (size := seen.usual(layer))), default=0)
+    if not least:
+        return  # no layer normalizes by its batch
+    level = Level.WARNING if least < 16 else None
     text = f"{passes:.1f} passes with gradients a step; the smallest norm sees {least} values"
     yield Evidence("", text, {"passes": passes, "values": least}, level)
 
