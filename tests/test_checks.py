@@ -1,6 +1,7 @@
 """check and watch: every rule finds its fault, says nothing of its twin, and leaves no trace."""
 
 import copy
+import gc
 import importlib.util
 import json
 import random
@@ -8,17 +9,20 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
 import torchvision
 from torch import nn
+from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
 import batchnorm
 from batchnorm import BatchNormError
 from batchnorm.checks import rules as registry
+from batchnorm.checks import watching as watching_module
 from batchnorm.checks.findings import Level
 from batchnorm.cli import app
 
@@ -611,6 +615,33 @@ ENDS = {
 }
 
 
+AROUND = """
+import atexit, os, sys, threading, time, torch
+from torch import nn
+atexit.register(lambda: print("atexit", sys.argv, sys.modules["__main__"].__loader__.path[-8:]))
+sys.excepthook = lambda kind, error, frames: print("hook", kind.__name__, file=sys.stderr)
+class Net(nn.Sequential):
+    def forward(self, x):
+        print("forward", __builtins__.__name__)
+        self.cache = super().forward(x)
+        return self.cache
+model = Net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.99))
+model(torch.randn(4, 3, 8, 8))
+threading.Thread(target=lambda: (time.sleep(0.3), print("later", sys.argv))).start()
+sys.stdout.flush()
+if os.fork() == 0:
+    sys.exit(7)
+os.wait()
+if sys.argv[1] == "raise":
+    raise ValueError("at the end")
+if sys.argv[1] == "interrupt":
+    raise KeyboardInterrupt
+if sys.argv[1] == "close":
+    os.close(2)
+    sys.exit(5)
+"""
+
+
 class TestWatching:
     @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
     def test_output_status_and_numbers_are_the_script_s(self, tmp_path, end):
@@ -622,6 +653,24 @@ class TestWatching:
         assert "BN011 warning" in watched.stderr
         if alone.stderr:  # the same traceback, but for the path that Python prints absolute
             assert alone.stderr.splitlines()[-1] in watched.stderr
+
+    @pytest.mark.parametrize("end", ["", "raise", "interrupt", "close"])
+    def test_what_python_does_around_a_script(self, tmp_path, end):
+        (tmp_path / "train.py").write_text(AROUND)
+        alone = run("train.py", end, cwd=tmp_path)
+        watched = run("-m", "batchnorm", "watch", "train.py", end, cwd=tmp_path)
+        assert sorted(watched.stdout.splitlines()) == sorted(alone.stdout.splitlines())
+        shown = {-2: 130}  # ended by a signal: what a shell makes of it
+        assert watched.returncode == shown.get(alone.returncode, alone.returncode)
+        assert alone.stderr.strip() in watched.stderr
+        assert watched.stderr.count("BN011") == (0 if end == "close" else 2)  # and in --explain
+
+    def test_a_script_that_cannot_be_compiled(self, tmp_path):
+        (tmp_path / "train.py").write_text("x = (")
+        alone = run("train.py", cwd=tmp_path)
+        watched = run("-m", "batchnorm", "watch", "train.py", cwd=tmp_path)
+        assert watched.returncode == alone.returncode == 1
+        assert watched.stderr.startswith(alone.stderr)
 
     def test_a_compiled_model_is_watched(self, tmp_path):
         script = SCRIPT.format(end="", compiled="model = torch.compile(model, backend='eager')")
@@ -667,6 +716,181 @@ class TestWatching:
             model(cases.images() / (1 // 0))
         assert not torch_module._global_forward_hooks
         assert not torch_module._global_forward_pre_hooks
+
+    @pytest.mark.parametrize("how", ["module", "method", "function"])
+    def test_whatever_is_compiled_is_seen_and_compiled_once(self, how, recwarn):
+        model = cases.network().train()
+        model[1].momentum = 0.99
+        run = model
+        with batchnorm.watch(every=2) as watching:
+            if how == "module":
+                run = torch.compile(model, backend="eager")
+            elif how == "method":
+                model.compile(backend="eager")
+            else:
+                run = torch.compile(lambda x: model(x) + 1, backend="eager")
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            counters.clear()
+            for _ in range(5):
+                run(cases.images()).sum().backward()
+                optimizer.step()
+        assert counters["stats"]["unique_graphs"] == 1
+        (found,) = watching.findings()
+        assert "BN011" in {f.rule for f in found}
+        assert not [w for w in recwarn if "global hooks" in str(w.message)]
+
+    def test_a_model_run_by_its_forward_is_one_model(self):
+        model = cases.network().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with batchnorm.watch() as watching:
+            for _ in range(3):
+                model.forward(cases.images()).sum().backward()
+                optimizer.step()
+        (found,) = watching.findings()
+        assert found.model == "Sequential"
+
+    def test_what_goes_wrong_in_a_hook_is_not_the_training_s(self, monkeypatch):
+        broken = Mock(side_effect=ZeroDivisionError)
+        monkeypatch.setattr(watching_module._Root, "see", broken)
+        monkeypatch.setattr(watching_module._Root, "step", broken)
+        model = cases.network().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with batchnorm.watch() as watching:
+            model(cases.images()).sum().backward()
+            optimizer.step()
+        (found,) = watching.findings()
+        assert "ZeroDivisionError" in str(found.skipped)
+
+    def test_transforms_go_through(self):
+        model = batchnorm.freeze(cases.network()).train()
+        with batchnorm.watch(every=1):
+            torch.func.vmap(model)(cases.images().unsqueeze(1))
+            graph = torch.fx.experimental.proxy_tensor.make_fx(model)(cases.images())
+        assert "detach" not in graph.code
+
+    def test_many_models_are_judged_as_they_go(self):
+        with batchnorm.watch() as watching:
+            for k in range(20):
+                model = cases.network().train()
+                model.register_module(f"unlike{k}", nn.Identity())
+                model[1].momentum = 0.99
+                model(cases.images())
+            assert len(watching.models) == watching_module.MODELS
+        (found,) = watching.findings()  # alike: told of once
+        assert [f.rule for f in found][:1] == ["BN011"]
+
+    def test_a_module_that_is_gone_is_forgotten(self):
+        with batchnorm.watch() as watching:
+            for _ in range(50):
+                nn.Linear(2, 2)(torch.zeros(1, 2))
+            gc.collect()
+            assert len(watching._roles) < 5
+
+    def test_a_norm_that_comes_later_is_its_model_s(self):
+        model = cases.network().train()
+        with batchnorm.watch() as watching:
+            model(cases.images())
+            model.append(nn.BatchNorm2d(8, momentum=0.99))
+            model[-1](torch.randn(4, 8, 3, 3))
+        (found,) = watching.findings()
+        assert "BN011" in {f.rule for f in found}
+
+    def test_every_0_is_said(self):
+        with pytest.raises(BatchNormError, match="every=0"), batchnorm.watch(every=0):
+            pass
+
+    def test_statistics_taken_anew_are_no_evaluation_in_training_mode(self):
+        model = cases.network().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        with batchnorm.watch(model) as watching:
+            for _ in range(40):
+                model(cases.images()).square().mean().backward()
+                optimizer.step()
+            torch.optim.swa_utils.update_bn(cases.loader(), model)
+        (found,) = watching.findings()
+        assert not {f.rule for f in found} & {"BN002", "BN005", "BN012"}, found
+
+    def test_one_evaluation_does_not_hide_the_others(self):
+        model = cases.network().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        with batchnorm.watch(model) as watching, torch.no_grad():
+            for k in range(40):
+                with torch.enable_grad():
+                    model(cases.images()).square().mean().backward()
+                optimizer.step()
+                if k % 10 == 9:
+                    for _ in range(5):
+                        model(cases.images())
+            model.eval()(cases.images())
+            model.train()
+        (found,) = watching.findings()
+        assert found[0].rule == "BN002"
+
+    def test_weights_without_their_counter_are_no_fault(self):
+        model = cases.network().train()
+        for layer in (model[1], model[4]):
+            layer.num_batches_tracked.zero_()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+        with batchnorm.watch(model, select="BN012") as watching:
+            model(cases.images()).square().mean().backward()
+            optimizer.step()
+        assert not watching.findings()[0]
+
+    def test_a_last_small_batch_is_no_small_batch(self):
+        model = cases.head(32, 64).model.train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+        with batchnorm.watch(model, select="BN007") as watching:
+            for x in cases.images(69).split(32):
+                model(x).square().mean().backward()
+                optimizer.step()
+        assert not watching.findings()[0]
+
+    def test_who_unfreezes_on_purpose_is_left_alone(self):
+        model = cases.network().train()
+        model[1].requires_grad_(requires_grad=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+        with batchnorm.watch(model, select="BN004") as watching:
+            for k in range(10):
+                model.train()
+                model[1].train(k > 4).requires_grad_(k > 4)
+                model(cases.images()).square().mean().backward()
+                optimizer.step()
+        assert not watching.findings()[0]
+
+    def test_halves_that_take_turns_are_not_frozen_and_a_frozen_backbone_is(self):
+        whole = nn.ModuleList([cases.network(), cases.network()]).train()
+        outer = nn.Sequential()
+        outer.halves = whole
+        outer.forward = lambda x: whole[0](x).mean() + whole[1](x).mean()
+        optimizer = torch.optim.SGD(whole.parameters(), lr=0.001)
+        with batchnorm.watch(outer, select="BN003") as watching:
+            for k in range(40):
+                for place, half in enumerate(whole):
+                    half.requires_grad_(place == k % 2)
+                outer(cases.images()).backward()
+                optimizer.step()
+        assert not watching.findings()[0]
+        backbone, head = (
+            cases.network().train().requires_grad_(requires_grad=False),
+            nn.LazyLinear(2),
+        )
+        head(backbone(cases.images()).flatten(1))
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.001)
+        with batchnorm.watch(select="BN003") as watching:
+            for _ in range(12):
+                head(backbone(cases.images()).flatten(1)).sum().backward()
+                optimizer.step()
+        (found,) = watching.findings()
+        assert {f.layer for f in found} == {"1", "4"}
+
+    def test_reentrant_checkpoints_are_no_passes_without_gradients(self):
+        model = cases.Checkpointed(use_reentrant=True).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+        with batchnorm.watch(model, select="BN005", level="note") as watching:
+            for _ in range(5):
+                model(cases.images().requires_grad_()).sum().backward()
+                optimizer.step()
+        assert not watching.findings()[0]
 
     def test_a_model_that_raises_does_not_confuse_the_depth(self):
         model = cases.network().train()
