@@ -102,7 +102,7 @@ class Watch:
             trained = self._trained_by(optimizer)
             self._steps += 1
             for root in self._roots:
-                root.notice()
+                root.notice(self._steps)
             for root in trained:
                 if self._writer is not None and root.looked:
                     root.write(self._writer)
@@ -324,9 +324,14 @@ class _Root:
         looks = self._looks.setdefault(layer, deque(maxlen=KEPT))
         looks.append(standardized_gap(layer, batch) ** 2 - chance)
 
-    def notice(self) -> None:
-        """At every step, whoever trains: a weight that takes a gradient is not fixed."""
+    def notice(self, step: int) -> None:
+        """At steps of whatever is trained: a weight that takes a gradient is not fixed.
+
+        Now and then is enough, for a weight that took one in between has moved.
+        """
         self.seen.noticed += 1
+        if step % 7 and step > FIXED:
+            return
         for layer in self._layers:
             if layer.weight is None or layer.weight.requires_grad:
                 self._fixed.pop(layer, None)
