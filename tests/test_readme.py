@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 import tiny
@@ -80,7 +81,7 @@ def test_the_guide_to_whole_models_runs():
         "batchnorm": batchnorm, "torch": torch, "model": tiny.network(), "images": images,
         "batches": list(images.split(32)), "target_loader": images.split(32),
         "speech": torch.nn.BatchNorm1d(3), "padded": torch.randn(2, 3, 9),
-        "lengths": torch.tensor([4, 9]),
+        "lengths": torch.tensor([4, 9]), "checkpoint": checkpoint,
     }  # fmt: skip
     for code in blocks(GUIDE, "python"):
         labelled = [{"image": batch} for batch in images.split(32)]
