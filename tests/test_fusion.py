@@ -15,9 +15,6 @@ from batchnorm import BatchNormError
 from batchnorm.model import fusion
 from tolerance import bound
 
-if not hasattr(fusion, "normalize"):  # pragma: no cover
-    raise AssertionError
-
 
 @pytest.fixture
 def calls(monkeypatch):

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from batchnorm.errors import BatchNormError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import backend
-from batchnorm.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.layers import (
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+)
 from batchnorm.model.account import Change, Changes, changes
 from batchnorm.model.conversion import convert
 from batchnorm.model.folding import fold
@@ -32,6 +40,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "BatchNormError",
     "Change",
     "Changes",

@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm.errors import BatchNormError
 from batchnorm.functional import batch_norm
+from batchnorm.kernels.activations import ACTIVATIONS
 
 
 class Forward(_BatchNorm):
@@ -197,6 +199,129 @@ class BatchNorm(Forward):
             _BatchNormWithoutSize.__init__(self, *options, bias=bias)  # type: ignore[arg-type]  # of the new class
         else:
             super().__init__(num_features, *options, bias=bias)
+
+
+PLAIN = (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNorm,
+)  # and no subclass, whose forward is its own
+
+
+def fused(norm: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(norm(x) + residual), in one sweep where the norm is this library's layer."""
+    if type(norm) in PLAIN and not hooked(norm) and not isinstance(x, fx.Proxy):
+        whole: Tensor = norm.normalize(x, residual, activation)
+        return whole
+    y: Tensor = norm(x)
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Somebody watches its calls."""
+    return bool(
+        module._forward_hooks  # noqa: SLF001  # torch has no public way
+        or module._forward_pre_hooks  # noqa: SLF001
+        or module._backward_hooks  # noqa: SLF001
+        or module._backward_pre_hooks  # noqa: SLF001
+    )
+
+
+class BatchNormAct(nn.Module):
+    """activation(norm(x) + residual), in one sweep over the memory.
+
+    `norm` is this library's layer of the same arguments, a module of its own: what replaces it (a
+    synchronised layer, one folded away) or watches it replaces and watches the norm alone, and sum
+    and activation go on behind it. A state dict of a plain norm loads, too.
+    """
+
+    _norm: type[Forward]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "relu",
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if activation is not None and activation not in ACTIVATIONS:
+            raise BatchNormError(
+                f"{type(self).__name__} got activation={activation!r} and wants one of "
+                f"{', '.join(ACTIVATIONS)}, or None."
+            )
+        self.activation = activation
+        self.norm = self._norm(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+        )
+        self.register_load_state_dict_pre_hook(_of_a_plain_norm)  # type: ignore[no-untyped-call]
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """input: (N, C, *spatial); the residual of that shape, or one that becomes it."""
+        if has_any_global_hook():  # which waits for a call of the norm
+            y: Tensor = self.norm(input)
+            y = y if residual is None else y + residual
+            return y if self.activation is None else ACTIVATIONS[self.activation](y)
+        return fused(self.norm, input, residual, self.activation)
+
+    def extra_repr(self) -> str:
+        """The activation."""
+        return f"activation={self.activation!r}"
+
+
+def _of_a_plain_norm(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """weight -> norm.weight, and so on."""
+    assert isinstance(module, BatchNormAct)  # noqa: S101  # it is registered there
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        if prefix + name in state_dict:
+            state_dict[f"{prefix}norm.{name}"] = state_dict.pop(prefix + name)
+
+
+class BatchNormAct1d(BatchNormAct):
+    """y = activation((x − mean) / √(var + eps) · weight + bias + residual) of (N, C) or (N, C, L).
+
+    Mean, var and the running statistics are `BatchNorm1d`'s. For the backward pass are kept: x, and
+    for sigmoid and tanh y, for ReLU and LeakyReLU behind a residual y, for the others behind one the
+    residual; what torch keeps between the norm and the activation is never there.
+
+    Args:
+        num_features: C; this and the following as in `BatchNorm1d`.
+        eps: added to the variance.
+        momentum: the weight of the new batch; None: the average over all batches.
+        affine: learn weight and bias.
+        track_running_stats: keep running statistics.
+        device: where the parameters and buffers are made.
+        dtype: of the parameters and buffers.
+        activation: relu, leaky_relu, sigmoid, tanh, silu, gelu, hardswish, with torch's default
+            arguments, or None.
+        bias: with affine: learn the bias.
+
+    Raises:
+        BatchNormError: another activation, rank or count of channels; a residual of another shape.
+    """
+
+    _norm = BatchNorm1d
+
+
+class BatchNormAct2d(BatchNormAct):
+    """y = activation(BatchNorm2d(x) + residual), of (N, C, H, W); see `BatchNormAct1d`."""
+
+    _norm = BatchNorm2d
+
+
+class BatchNormAct3d(BatchNormAct):
+    """y = activation(BatchNorm3d(x) + residual), of (N, C, D, H, W); see `BatchNormAct1d`."""
+
+    _norm = BatchNorm3d
 
 
 class _BatchNormWithoutSize(_LazyNormBase, BatchNorm):

@@ -173,7 +173,7 @@ class _Timms(Mixin, layers.Forward):
             return self._as_leaf(input)
         act: Any = self.act
         name = fusion.activation_name(act)
-        if name is not None and type(self.drop) is nn.Identity and not fusion.hooked(act):
+        if name is not None and type(self.drop) is nn.Identity and not layers.hooked(act):
             return self.normalize(input, activation=name)
         y: Tensor = act(self.drop(self.normalize(input)))  # type: ignore[operator]  # a module
         return y

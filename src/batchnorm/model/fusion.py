@@ -25,9 +25,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import layers
 from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.layers import PLAIN, BatchNormAct, hooked
 from batchnorm.model.mixing import Mixin, mix, own_class, unmix
 
-LAYERS = (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.BatchNorm)
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 IN_PLACE_SUMS = {operator.iadd, "add_"}
 # how an activation is called in a graph -> its name here; with default arguments only
@@ -117,17 +117,6 @@ def unfuse(model: nn.Module) -> None:
             unmix(block)
 
 
-def normalize(norm: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    """activation(norm(x) + residual), in one sweep where the norm is this library's layer."""
-    if type(norm) in LAYERS and not hooked(norm):
-        fused: Tensor = norm.normalize(x, residual, activation)
-        return fused
-    y: Tensor = norm(x)
-    if residual is not None:
-        y = y + residual
-    return y if activation is None else ACTIVATIONS[activation](y)
-
-
 def activation_name(module: nn.Module) -> str | None:
     """Its name, where it is one with default arguments."""
     own = vars(module)
@@ -136,19 +125,9 @@ def activation_name(module: nn.Module) -> str | None:
     return MODULES.get(type(module))
 
 
-def hooked(module: nn.Module) -> bool:
-    """Somebody watches its calls."""
-    return bool(
-        module._forward_hooks  # noqa: SLF001  # torch has no public way
-        or module._forward_pre_hooks  # noqa: SLF001
-        or module._backward_hooks  # noqa: SLF001
-        or module._backward_pre_hooks  # noqa: SLF001
-    )
-
-
 def _may_be_a_block(module: nn.Module) -> bool:
     """It has norms in it, and a forward of its own in Python that takes one argument."""
-    if isinstance(module, _BatchNorm | torch.jit.ScriptModule | fx.GraphModule):
+    if isinstance(module, _BatchNorm | BatchNormAct | torch.jit.ScriptModule | fx.GraphModule):
         return False
     return "forward" not in vars(module) and any(
         isinstance(m, _BatchNorm) for m in module.modules()
@@ -326,7 +305,7 @@ class _Rewriting:
         if node.op != "call_module" or len(node.users) != 1 or node.kwargs or len(node.args) != 1:
             return False
         module = self.block.get_submodule(str(node.target))
-        return type(module) in LAYERS and str(node.target) not in self.taken
+        return type(module) in PLAIN and str(node.target) not in self.taken
 
     def _activation(self, node: fx.Node) -> str | None:
         """Its name, where the node is one with default arguments."""
@@ -364,7 +343,7 @@ class _Rewriting:
         with self.graph.inserting_before(last):
             module = self.graph.get_attr(str(norm.target))
             args = (module, norm.args[0], residual, activation)
-            fused = self.graph.call_function(normalize, args)
+            fused = self.graph.call_function(layers.fused, args)
         last.replace_all_uses_with(fused)
         taken = [] if residual is None else ["a residual sum"]
         for node in self._chain(last, norm):
@@ -378,6 +357,6 @@ class _Rewriting:
         """From the last node back to the norm, along the norm's own output."""
         chain = [norm]
         while chain[-1] is not last:
-            (user,) = (u for u in chain[-1].users if u.target is not normalize)
+            (user,) = (u for u in chain[-1].users if u.target is not layers.fused)
             chain.append(user)
         yield from reversed(chain)
