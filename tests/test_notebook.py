@@ -9,6 +9,8 @@ HERE = Path(__file__).parent
 CELLS = [
     (
         "import batchnorm, tiny\n"
+        "from batchnorm.views import console\n"
+        "console.NOTEBOOK_SECONDS = 0  # drawn at every step, however fast they are\n"
         "result = batchnorm.compare(\n"
         "    data=tiny.as_images(), epochs=3, batch_size=32, threads=2, out={out!r}\n"
         ")"
