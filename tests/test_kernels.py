@@ -228,6 +228,48 @@ def test_threads_and_layouts_make_no_difference_beyond_rounding(shape, layout):
         assert float((y - exact).abs().max()) < 4e-6
 
 
+@pytest.mark.usefixtures("threads_kept")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(
+    ("shape", "layout", "dtype"),
+    [
+        ((3, 5, 751, 751), "contiguous", torch.float32),  # a channel is shared by the threads
+        ((16, 37, 121, 121), "contiguous", torch.float32),  # planes, whose rows begin anywhere
+        ((41, 2053, 10, 10), "contiguous", torch.float32),  # small planes, as columns
+        ((8, 64, 131, 127), "channels last", torch.float32),
+        ((2, 67, 261, 253), "channels last", torch.float32),  # rows that begin anywhere
+        ((16, 37, 171, 171), "contiguous", torch.bfloat16),
+        ((16, 37, 86, 86), "contiguous", torch.float64),
+    ],
+)
+def test_what_is_larger_than_the_caches_is_stored_past_them(shape, layout, dtype, offset, threads):
+    torch.set_num_threads(threads)
+    size = math.prod(shape)
+    assert size * dtype.itemsize >= 32 << 20
+    memory = torch.randn(size + offset, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = memory[offset:].view(shape)
+    if layout == "channels last":
+        N, C, H, W = shape
+        x = memory[offset:].view(N, H, W, C).permute(0, 3, 1, 2)
+    x.requires_grad_()
+    y = batchnorm.batch_norm(x, None, None, training=True, activation="relu")
+    (dx,) = torch.autograd.grad(y, x, x.detach())
+    exact = x.detach().double().contiguous()
+    mean, var = (
+        exact.mean((0, 2, 3), keepdim=True),
+        exact.var((0, 2, 3), correction=0, keepdim=True),
+    )
+    z = (exact - mean) / (var + 1e-5).sqrt()
+    g = exact * (z > 0)
+    means = [v.mean((0, 2, 3), keepdim=True) for v in (g, g * z)]
+    exact_dx = (g - means[0] - z * means[1]) / (var + 1e-5).sqrt()
+    eps = torch.finfo(dtype).eps
+    kink = z.abs() < 64 * eps
+    assert float((y - z.clamp_min(0)).abs().max()) < 16 * eps
+    assert float((dx - exact_dx)[~kink].abs().max()) < 32 * eps
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize(("mean", "torchs"), [(0.0, 1e-6), (1e4, 2e-4), (1e6, 1e-2)])
 def test_large_means_lose_no_more_than_x_itself_does(mean, torchs, layout):

@@ -95,7 +95,8 @@ template <class A, Activation ACTIVATION> inline Vector<A> activate(Vector<A> z)
 template <class A, Activation ACTIVATION>
 inline Vector<A> gradient_of(Vector<A> dy, Vector<A> z_or_y) {
   const Vector<A> v = z_or_y;
-  if constexpr (ACTIVATION == Activation::relu) return select<A>(v <= A(0), Vector<A>{}, dy);
+  if constexpr (ACTIVATION == Activation::relu)
+    return select<A>(v <= A(0), Vector<A>{}, loaded(dy));
   if constexpr (ACTIVATION == Activation::leaky_relu)
     return select<A>(v > A(0), dy, dy * A(LEAKY_SLOPE));
   if constexpr (ACTIVATION == Activation::sigmoid) return dy * v * (A(1) - v);

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#if defined(__AVX__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -16,8 +16,9 @@ namespace {
 #include "simd.h"
 #include "activations.h"
 #include "statistics.h"
+#include "tiles.h"
 #include "planes.h"
-#include "rows.h"
+#include "passes.h"
 
 // Calls body with the storage type, the activation and whether there is a residual, as constants.
 template <class T, bool RESIDUAL, class Body>
@@ -49,28 +50,28 @@ template <class Body> void dispatch(const Job& job, const Body& body) {
   }
 }
 
-struct Forward {
+struct ForwardPass {
   bool sum, write;
   template <class T, Activation ACTIVATION, bool RESIDUAL> void run(const Job& job) const {
-    if (job.rows) forward_rows<T, ACTIVATION, RESIDUAL>(job, sum, write);
-    else forward_planes<T, ACTIVATION, RESIDUAL>(job, sum, write);
+    using Pass = Forward<T, ACTIVATION, RESIDUAL>;
+    (job.rows ? Pass::rows : Pass::planes)(job, sum, write);
   }
 };
 
-struct Backward {
+struct BackwardPass {
   bool sum, write;
   template <class T, Activation ACTIVATION, bool RESIDUAL> void run(const Job& job) const {
-    if (job.rows) backward_rows<T, ACTIVATION, RESIDUAL>(job, sum, write);
-    else backward_planes<T, ACTIVATION, RESIDUAL>(job, sum, write);
+    using Pass = Backward<T, ACTIVATION, RESIDUAL>;
+    (job.rows ? Pass::rows : Pass::planes)(job, sum, write);
   }
 };
 
-void moments(const Job& job) { dispatch(job, Forward{true, false}); }
-void normalize(const Job& job) { dispatch(job, Forward{false, true}); }
-void forward(const Job& job) { dispatch(job, Forward{true, true}); }
-void reduce_gradient(const Job& job) { dispatch(job, Backward{true, false}); }
-void input_gradient(const Job& job) { dispatch(job, Backward{false, true}); }
-void backward(const Job& job) { dispatch(job, Backward{true, true}); }
+void moments(const Job& job) { dispatch(job, ForwardPass{true, false}); }
+void normalize(const Job& job) { dispatch(job, ForwardPass{false, true}); }
+void forward(const Job& job) { dispatch(job, ForwardPass{true, true}); }
+void reduce_gradient(const Job& job) { dispatch(job, BackwardPass{true, false}); }
+void input_gradient(const Job& job) { dispatch(job, BackwardPass{false, true}); }
+void backward(const Job& job) { dispatch(job, BackwardPass{true, true}); }
 
 }  // namespace
 

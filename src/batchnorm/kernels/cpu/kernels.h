@@ -23,6 +23,7 @@ struct Job {
   bool residual;              // a residual was added before the activation
   bool rows;                  // (batch, channels); else (batch, channels, plane)
   bool training;              // the statistics are the batch's
+  bool past_caches;           // what is written is larger than any cache
   std::int64_t batch, channels, plane;
   int threads;
   double eps;

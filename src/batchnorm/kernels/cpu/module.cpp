@@ -119,6 +119,10 @@ void write(Address to, Dtype dtype, std::int64_t c, double value) {
   }
 }
 
+constexpr std::int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
 // What the calls have in common.
 struct Sizes {
   int dtype;
@@ -127,6 +131,7 @@ struct Sizes {
   int threads;
 };
 
+constexpr std::int64_t LARGE = std::int64_t{32} << 20;  // bytes that no cache keeps for who reads next
 constexpr std::int64_t SERIAL = 16384;  // elements that one thread does sooner than two
 
 Job job_of(const Sizes& sizes, int activation, bool residual) {
@@ -147,6 +152,7 @@ Job job_of(const Sizes& sizes, int activation, bool residual) {
   job.batch = sizes.batch;
   job.channels = sizes.channels;
   job.plane = sizes.plane;
+  job.past_caches = elements * bytes_of(job.dtype) >= LARGE;
   const std::int64_t useful = elements / SERIAL;
   job.threads = static_cast<int>(useful < sizes.threads ? useful : sizes.threads);
   if (job.threads < 1) job.threads = 1;

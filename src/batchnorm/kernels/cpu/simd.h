@@ -122,6 +122,15 @@ template <class T> inline void store(T* to, Vector<ComputedIn<T>> value) {
   }
 }
 
+// value, in a register. The compiler would else make one masked load of `condition ? load : 0`, which
+// cannot start before the condition is known.
+template <class V> inline V loaded(V value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
 // The first `count` lanes; the others are 0.
 template <class T> inline Vector<ComputedIn<T>> load(const T* from, int count) {
 #if defined(__AVX512F__)
@@ -135,6 +144,11 @@ template <class T> inline Vector<ComputedIn<T>> load(const T* from, int count) {
   T lanes[LANES<ComputedIn<T>>] = {};
   for (int lane = 0; lane < count; ++lane) lanes[lane] = from[lane];
   return load<T>(lanes);
+}
+
+// All lanes, or the first ones.
+template <class T> inline Vector<ComputedIn<T>> take(const T* from, int lanes) {
+  return lanes == LANES<ComputedIn<T>> ? load(from) : load(from, lanes);
 }
 
 template <class T> inline void store(T* to, Vector<ComputedIn<T>> value, int count) {
@@ -152,6 +166,70 @@ template <class T> inline void store(T* to, Vector<ComputedIn<T>> value, int cou
   T lanes[LANES<ComputedIn<T>>];
   store<T>(lanes, value);
   for (int lane = 0; lane < count; ++lane) to[lane] = lanes[lane];
+}
+
+template <class T> inline void put(T* to, Vector<ComputedIn<T>> value, int lanes) {
+  if (lanes == LANES<ComputedIn<T>>) store(to, value);
+  else store(to, value, lanes);
+}
+
+// Past the caches: what is larger than they are would only push out what they hold, and a store would
+// first read the line that it overwrites. The address is a multiple of the vector's size.
+template <class T> inline void store_past_caches(T* to, Vector<ComputedIn<T>> value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits_as<__m256i>(narrow(T{}, value)));
+  else
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits_as<__m512i>(value));
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 2)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), bits_as<__m128i>(narrow(T{}, value)));
+  else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits_as<__m256i>(value));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 2) store(to, value);
+  else _mm_stream_si128(reinterpret_cast<__m128i*>(to), bits_as<__m128i>(value));
+#else
+  store(to, value);
+#endif
+}
+
+// Such stores are seen by other threads after this.
+inline void finish_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// value(i, lanes) to `to + i`, for `length` elements from `start`, in vectors; lanes < L at the ends.
+template <class T, class Value>
+inline void write_run(T* to, std::int64_t start, std::int64_t length, bool past_caches,
+                      const Value& value) {
+  constexpr int L = LANES<ComputedIn<T>>;
+  constexpr std::int64_t bytes = L * static_cast<std::int64_t>(sizeof(T));
+  std::int64_t i = start;
+  const std::int64_t end = start + length;
+  if (past_caches) {
+    const auto beyond = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to + i) % bytes);
+    std::int64_t head = beyond == 0 ? 0 : (bytes - beyond) / static_cast<std::int64_t>(sizeof(T));
+    if (head > length) head = length;
+    if (head > 0) {
+      store(to + i, value(i, static_cast<int>(head)), static_cast<int>(head));
+      i += head;
+    }
+    for (; i + L <= end; i += L) store_past_caches(to + i, value(i, L));
+  } else {
+    for (; i + 2 * L <= end; i += 2 * L) {
+      const auto a = value(i, L), b = value(i + L, L);
+      store(to + i, a);
+      store(to + i + L, b);
+    }
+    if (i + L <= end) {
+      store(to + i, value(i, L));
+      i += L;
+    }
+  }
+  if (i < end) store(to + i, value(i, static_cast<int>(end - i)), static_cast<int>(end - i));
 }
 
 // value in the first `count` lanes, 0 in the others.

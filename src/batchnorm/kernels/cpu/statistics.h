@@ -19,6 +19,8 @@ struct Moments {
     count = total;
   }
 
+  void merge(const Moments& other) { merge(other.count, other.mean, other.squares); }
+
   // Σ (x − shift) and Σ (x − shift)² of a chunk.
   void merge_sums(double chunk_count, double shift, double sum, double about_shift) {
     const double excess = about_shift - sum * (sum / chunk_count);
@@ -66,11 +68,45 @@ inline void finish_moments(const Job& job, std::int64_t c, const Moments& moment
 // Σ g and Σ g·(x − high), as float sums of chunks.
 struct Sums {
   double sum = 0, dot = 0;
+
+  void add(const Sums& other) {
+    sum += other.sum;
+    dot += other.dot;
+  }
 };
 
 inline void finish_sums(const Job& job, std::int64_t c, const Sums& sums, double high) {
   job.sum[c] = sums.sum;
   job.dot[c] = sums.dot - (job.mean[c] - high) * sums.sum;
+}
+
+// Channels [first, last), of the samples [begin, end).
+struct Part {
+  std::int64_t first, last, begin, end;
+};
+
+// body(i) for the elements of a part's channel; rows are planes of one element.
+template <class Body>
+inline void for_elements(const Job& job, const Part& part, std::int64_t c, const Body& body) {
+  for (std::int64_t n = part.begin; n < part.end; ++n)
+    for (std::int64_t s = 0; s < job.plane; ++s) body((n * job.channels + c) * job.plane + s);
+}
+
+// Squares beyond float's range, infinities and NaN: slowly.
+template <class T>
+inline Moments moments_in_double(const Job& job, const Part& part, std::int64_t c) {
+  const T* x = static_cast<const T*>(job.x);
+  const double count = static_cast<double>(part.end - part.begin) * static_cast<double>(job.plane);
+  double total = 0, squares = 0;
+  for_elements(job, part, c, [&](std::int64_t i) {
+    total += static_cast<double>(load(x + i, 1)[0]);
+  });
+  const double mean = total / count;
+  for_elements(job, part, c, [&](std::int64_t i) {
+    const double away = static_cast<double>(load(x + i, 1)[0]) - mean;
+    squares += away * away;
+  });
+  return {count, mean, squares};
 }
 
 // One storage type, one activation, with a residual or not: what is done to a run of elements of one
@@ -96,5 +132,22 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Run {
     V z = fma<A>(centred, scale, shift);
     if constexpr (SOURCE == Source::residual) z += extra;
     return gradient_of<A, ACTIVATION>(dy, z);
+  }
+
+  // Products beyond float's range, infinities and NaN: slowly.
+  static Sums sums_in_double(const Job& job, const Part& part, std::int64_t c) {
+    const Affine<A> affine = affine_of<A>(job, c);
+    Sums sums;
+    for_elements(job, part, c, [&](std::int64_t i) {
+      V other{};
+      if constexpr (READS_EXTRA) other = load(static_cast<const T*>(job.extra) + i, 1);
+      const V centred = load(static_cast<const T*>(job.x) + i, 1) - splat<A>(affine.high);
+      const double g = static_cast<double>(
+          gradient(load(static_cast<const T*>(job.dy) + i, 1), centred, splat<A>(affine.scale),
+                   splat<A>(affine.shift), other)[0]);
+      sums.sum += g;
+      sums.dot += g * static_cast<double>(centred[0]);
+    });
+    return sums;
   }
 };
