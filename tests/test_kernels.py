@@ -229,8 +229,7 @@ def test_threads_and_layouts_make_no_difference_beyond_rounding(shape, layout):
 
 
 @pytest.mark.usefixtures("threads_kept")
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(("threads", "offset"), [(2, 0), (1, 1)])
 @pytest.mark.parametrize(
     ("shape", "layout", "dtype"),
     [
@@ -256,18 +255,18 @@ def test_what_is_larger_than_the_caches_is_stored_past_them(shape, layout, dtype
     y = batchnorm.batch_norm(x, None, None, training=True, activation="relu")
     (dx,) = torch.autograd.grad(y, x, x.detach())
     exact = x.detach().double().contiguous()
-    mean, var = (
-        exact.mean((0, 2, 3), keepdim=True),
-        exact.var((0, 2, 3), correction=0, keepdim=True),
-    )
+    mean = exact.mean((0, 2, 3), keepdim=True)
+    # not torch's var, whose rounding errors are a hundred times ours in float64
+    var = (exact - mean).square().mean((0, 2, 3), keepdim=True)
     z = (exact - mean) / (var + 1e-5).sqrt()
     g = exact * (z > 0)
     means = [v.mean((0, 2, 3), keepdim=True) for v in (g, g * z)]
     exact_dx = (g - means[0] - z * means[1]) / (var + 1e-5).sqrt()
     eps = torch.finfo(dtype).eps
     kink = z.abs() < 64 * eps
-    assert float((y - z.clamp_min(0)).abs().max()) < 16 * eps
-    assert float((dx - exact_dx)[~kink].abs().max()) < 32 * eps
+    largest, count = float(z.abs().max()), size // shape[1]
+    assert float((y.detach() - z.clamp_min(0)).abs().max()) < bound(dtype, count, largest)
+    assert float((dx - exact_dx)[~kink].abs().max()) < 2 * bound(dtype, count, largest)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
