@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(VENV)/demo-installed  ## train with and without batch normalization; look into demo/
 	$(BIN)/batchnorm compare --out $(DEMO)
@@ -20,6 +20,9 @@ lint: $(VENV)/dev-installed  ## formatter, linter, type checker
 
 bench: $(VENV)/dev-installed  ## the note's way of training beside ours
 	$(BIN)/python benchmarks/lenet.py
+
+sanitize: $(VENV)/dev-installed  ## the kernels' tests with the address and undefined-behaviour sanitizers
+	tests/sanitize
 
 KERNELS := CMakeLists.txt $(wildcard src/batchnorm/kernels/cpu/*)
 

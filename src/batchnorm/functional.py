@@ -57,8 +57,9 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
-    _check_input(input, training)
-    _check_channels(input, running_mean, running_var, weight, bias)
+    channels = input.shape[1] if input.dim() > 1 else 0
+    _check_input(input, training, channels)
+    _check_channels(input, channels, running_mean, running_var, weight, bias)
     if not training and (running_mean is None or running_var is None):
         raise BatchNormError(
             "batch_norm got training=False without running_mean and running_var, and wants both. "
@@ -90,7 +91,7 @@ def batch_norm(
     )
 
 
-def _check_input(x: Tensor, training: bool) -> None:
+def _check_input(x: Tensor, training: bool, channels: int) -> None:
     if x.dim() < 2 and x.shape != (0,):  # which torch lets through
         raise BatchNormError(
             f"batch_norm got an input of shape {tuple(x.shape)} and wants (N, C, *spatial), rank 2 "
@@ -101,7 +102,8 @@ def _check_input(x: Tensor, training: bool) -> None:
             f"batch_norm got an input of dtype {x.dtype} and wants a floating one. "
             "Convert it with input.float()."
         )
-    if training and math.prod(x.shape[2:], start=x.shape[0]) == 1:
+    # the first condition is cheap, and rarely true
+    if training and x.numel() == channels and math.prod(x.shape[2:], start=x.shape[0]) == 1:
         raise BatchNormError(
             "Expected more than 1 value per channel when training, got an input of shape "
             f"{tuple(x.shape)}. One value has no variance: use a larger batch (drop_last=True if "
@@ -123,12 +125,12 @@ def _check_residual(x: Tensor, residual: Tensor) -> None:
 
 def _check_channels(
     x: Tensor,
+    channels: int,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    channels = x.shape[1] if x.dim() > 1 else 0
     # spelled out: this runs on every call, and a loop over a dict costs a microsecond
     if running_mean is not None and running_mean.numel() != channels:
         raise _wrong_channels(x, "running_mean", running_mean)

@@ -35,19 +35,23 @@ class Forward(_BatchNorm):
     ) -> Tensor:
         """The forward pass, and in the same sweep what follows it: activation(y + residual)."""
         self._check_input_dim(input)
+        # past Module.__getattr__, which costs more than all the checks (and would as the default of
+        # a `get`); not where something else than a buffer bears the name
+        buffers = self._buffers
+        running_mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
+        running_var = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
         if not self.training:
             # without running statistics evaluation, too, takes the batch's
-            by_batch = self.running_mean is None and self.running_var is None
-            return self._normalize(
-                input, self.running_mean, self.running_var, by_batch, residual, activation
-            )
+            by_batch = running_mean is None and running_var is None
+            return self._normalize(input, running_mean, running_var, by_batch, residual, activation)
         if not self.track_running_stats:
             return self._normalize(input, None, None, True, residual, activation)
-        if self.momentum is None and self.num_batches_tracked is not None:
+        counter = self.num_batches_tracked
+        if self.momentum is None and counter is not None:
             return self._normalize_and_average(input, residual, activation)
-        y = self._normalize(input, self.running_mean, self.running_var, True, residual, activation)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        y = self._normalize(input, running_mean, running_var, True, residual, activation)
+        if counter is not None:
+            counter.add_(1)
         return y
 
     def _normalize(
@@ -59,16 +63,16 @@ class Forward(_BatchNorm):
         residual: Tensor | None,
         activation: str | None,
     ) -> Tensor:
-        # a layer that has neither momentum nor a counter leaves its statistics alone, as torch's
-        momentum = 0.0 if self.momentum is None else self.momentum
+        parameters = self._parameters
         return batch_norm(
             x,
             running_mean,
             running_var,
-            self.weight,
-            self.bias,
+            parameters["weight"] if "weight" in parameters else self.weight,  # noqa: SIM401
+            parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401
             by_batch,
-            momentum,
+            # a layer that has neither momentum nor a counter leaves its statistics alone, as torch's
+            0.0 if self.momentum is None else self.momentum,
             self.eps,
             residual=residual,
             activation=activation,

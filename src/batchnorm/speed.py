@@ -184,7 +184,10 @@ def _elsewhere(
         ]  # fmt: skip
         path.touch()
         environment = {**os.environ, **SETTINGS[setting]}
-        with subprocess.Popen(command, env=environment) as process, path.open() as lines:
+        with (
+            subprocess.Popen(command, env=environment) as process,  # noqa: S603  # this Python, this module
+            path.open() as lines,
+        ):
             while True:
                 ended = process.poll() is not None
                 while line := lines.readline():

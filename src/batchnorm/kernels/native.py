@@ -8,7 +8,7 @@ activation is not there at all.
 
 import logging
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ CODES = {
         (None, "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "hardswish")
     )
 }
+PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 SAVES_Y = {("relu", True), ("leaky_relu", True)} | {
     (name, behind) for name in ("sigmoid", "tanh") for behind in (True, False)
 }
@@ -64,16 +65,13 @@ def fits(
     residual: Tensor | None,
 ) -> bool:
     """Whether these are plain CPU tensors, and nobody looks at what is done with them."""
-    return (
-        NATIVE
-        and _plain(x)
-        and x.numel() > 0
-        and (residual is None or _plain(residual))
-        and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
-        and _pair(weight, bias)
-        and _pair(running_mean, running_var)
-        and not transformed()
-    )
+    if not _plain(x) or x.numel() == 0:
+        return False
+    if residual is not None and not (
+        _plain(residual) and residual.shape == x.shape and residual.dtype is x.dtype
+    ):
+        return False
+    return _pair(weight, bias) and _pair(running_mean, running_var) and not transformed()
 
 
 def transformed() -> bool:
@@ -89,12 +87,7 @@ def transformed() -> bool:
 
 def _plain(x: Tensor) -> bool:
     # a subclass may be a wrapper around something else than memory
-    return (
-        (type(x) is Tensor or type(x) is torch.nn.Parameter)
-        and x.is_cpu
-        and x.dtype in DTYPES
-        and x.layout is torch.strided
-    )
+    return type(x) in PLAIN and x.is_cpu and x.dtype in DTYPES and x.layout is torch.strided
 
 
 def _readable(dy: Tensor) -> bool:
@@ -105,28 +98,18 @@ def _readable(dy: Tensor) -> bool:
 
 def _pair(a: Tensor | None, b: Tensor | None) -> bool:
     """Both None, or contiguous and of one dtype."""
-    for each in (a, b):
-        if each is not None and not (_plain_vector(each)):
-            return False
-    return a is None or b is None or a.dtype is b.dtype
+    if a is None or b is None:
+        return (a is None or _plain_vector(a)) and (b is None or _plain_vector(b))
+    return a.dtype is b.dtype and _plain_vector(a) and _plain_vector(b)
 
 
 def _plain_vector(x: Tensor) -> bool:
-    return (
-        (type(x) is torch.nn.Parameter or type(x) is Tensor or type(x) is torch.nn.Buffer)
-        and x.is_cpu
-        and x.dtype in DTYPES
-        and x.is_contiguous()
-    )
+    return type(x) in PLAIN and x.is_cpu and x.dtype in DTYPES and x.is_contiguous()
 
 
-class Layout(NamedTuple):
-    """How the memory lies: rows are (batch, channels), planes (batch, channels, plane)."""
-
-    rows: bool
-    batch: int
-    channels: int
-    plane: int
+# How the memory lies: (rows, batch, channels, plane). Rows are (batch, channels), planes (batch,
+# channels, plane). Not a named tuple, which costs half a microsecond on every call.
+Layout = tuple[bool, int, int, int]
 
 
 def layout_of(x: Tensor) -> Layout | None:
@@ -134,12 +117,12 @@ def layout_of(x: Tensor) -> Layout | None:
     shape = x.shape
     batch, channels = shape[0], shape[1]
     if x.is_contiguous():
-        plane = x.numel() // (batch * channels)
-        return Layout(plane == 1, batch, channels, plane)
+        plane = 1 if len(shape) == 2 else x.numel() // (batch * channels)
+        return plane == 1, batch, channels, plane
     if (len(shape) == 4 and x.is_contiguous(memory_format=torch.channels_last)) or (
         len(shape) == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
     ):
-        return Layout(True, x.numel() // channels, channels, 1)
+        return True, x.numel() // channels, channels, 1
     return None
 
 
@@ -182,11 +165,12 @@ def forward(
     eps: float,
     residual: Tensor | None,
     activation: str | None,
-) -> tuple[Tensor, Tensor]:
+    kept: bool,
+) -> tuple[Tensor, Tensor | None]:
     """y, and statistics: (3, C), the mean, biased variance and 1 / √(var + eps) that were used."""
     x, layout = _dense(x)
     y = torch.empty_like(x)
-    statistics = torch.empty((3, layout.channels), dtype=torch.float64)
+    statistics = torch.empty((3, layout[2]), dtype=torch.float64) if kept else None
     if residual is not None:
         residual = _like(residual, x)
     _cpu.forward(
@@ -202,7 +186,7 @@ def forward(
         _address(running_mean),
         _address(running_var),
         _code(running_mean, running_var),
-        statistics.data_ptr(),
+        0 if statistics is None else statistics.data_ptr(),
         training,
         momentum,
         eps,
@@ -239,6 +223,7 @@ class BatchNorm(torch.autograd.Function):
             eps,
             residual,
             activation,
+            True,
         )
         kind = (activation, residual is not None)
         extra = y if kind in SAVES_Y else residual if kind in SAVES_RESIDUAL else None
@@ -353,14 +338,15 @@ def batch_norm(
         )
         return y
     return forward(
-        x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
-    )[0]
+        x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
+        False,
+    )[0]  # fmt: skip
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """mean and var_biased: (C,), float64."""
     x, layout = _dense(x)
-    statistics = torch.empty((3, layout.channels), dtype=torch.float64)
+    statistics = torch.empty((3, layout[2]), dtype=torch.float64)
     _cpu.moments(
         DTYPES[x.dtype], *layout, torch.get_num_threads(), x.data_ptr(), statistics.data_ptr()
     )

@@ -182,13 +182,14 @@ Dtype known(int dtype) {
   return static_cast<Dtype>(dtype);
 }
 
-// y, and mean, var, invstd of (3, C) doubles; running statistics that are moved, or used.
+// y, and mean, var, invstd of (3, C) doubles where an address is given; running statistics that are
+// moved, or used.
 void forward(int dtype, bool rows, std::int64_t batch, std::int64_t channels, std::int64_t plane,
              int threads, Address x, Address residual, Address y, Address weight, Address bias,
              int parameters_dtype, Address running_mean, Address running_var, int running_dtype,
              Address statistics, bool training, double momentum, double eps, int activation) {
   Job job = job_of({dtype, rows, batch, channels, plane, threads}, activation, residual != 0);
-  wanted(x && y && statistics, "x, y or statistics");
+  wanted(x && y, "x or y");
   wanted(training || (running_mean && running_var), "the running statistics");
   const Dtype running = known(running_dtype);
   const Parameters parameters(channels, weight, bias, known(parameters_dtype));
@@ -197,7 +198,8 @@ void forward(int dtype, bool rows, std::int64_t batch, std::int64_t channels, st
   job.x = at<void>(x);
   job.y = at<void>(y);
   job.extra = at<void>(residual);
-  job.mean = at<double>(statistics);
+  std::vector<double> unwanted(statistics ? 0 : static_cast<std::size_t>(3 * channels));
+  job.mean = statistics ? at<double>(statistics) : unwanted.data();
   job.var = job.mean + channels;
   job.invstd = job.var + channels;
   job.weight = parameters.weight.data();

@@ -71,6 +71,18 @@ inline void over_samples(const Job& job, std::int64_t first, std::int64_t last, 
   }, &state);
 }
 
+// Where nothing is summed, the threads share the samples, and memory is walked in its order.
+template <class Body>
+inline void over_samples_by_groups(const Job& job, const Cut& cut, const Body& body) {
+  over_samples(job, 0, job.channels, cut.threads, [&](const Part& part, int) {
+    const std::int64_t most = cut.tiled ? (COLUMNS + job.plane - 1) / job.plane : GROUP;
+    for (std::int64_t first = 0; first < job.channels; first += most) {
+      const std::int64_t last = first + most < job.channels ? first + most : job.channels;
+      body(Part{first, last, part.begin, part.end});
+    }
+  });
+}
+
 // The columns of a few small planes.
 inline Tile tile_of_planes(const Job& job, const Part& part) {
   return {(part.begin * job.channels + part.first) * job.plane,
@@ -123,7 +135,7 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Forward {
   static void planes(const Job& job, bool sum, bool write) {
     const Cut cut = cut_of(job, sizeof(T), 1);
     if (cut.shared && sum) return shared(job, cut, write);
-    over_channels(job, cut, [&](const Part& part) {
+    const auto group = [&](const Part& part) {
       if (cut.tiled) return tiled(job, part, sum, write);
       if (sum) {
         Moments moments[GROUP];
@@ -132,7 +144,9 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Forward {
           finish_moments(job, c, moments[c - part.first]);
       }
       if (write) P::normalize(job, part);
-    });
+    };
+    if (!sum && job.batch >= cut.threads) over_samples_by_groups(job, cut, group);
+    else over_channels(job, cut, group);
   }
 
   static void rows(const Job& job, bool sum, bool write) {
@@ -180,16 +194,14 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Backward {
     finish_sums(job, c, sums, static_cast<double>(static_cast<A>(job.mean[c])));
   }
 
-  static void shared(const Job& job, const Cut& cut, bool sum, bool write) {
+  static void shared(const Job& job, const Cut& cut, bool write) {
     for (std::int64_t c = 0; c < job.channels; ++c) {
-      if (sum) {
-        Sums parts[MOST_THREADS], whole;
-        over_samples(job, c, c + 1, cut.threads, [&](const Part& part, int index) {
-          P::reduce(job, part, &parts[index]);
-        });
-        for (int index = 0; index < cut.threads; ++index) whole.add(parts[index]);
-        finish(job, c, whole);
-      }
+      Sums parts[MOST_THREADS], whole;
+      over_samples(job, c, c + 1, cut.threads, [&](const Part& part, int index) {
+        P::reduce(job, part, &parts[index]);
+      });
+      for (int index = 0; index < cut.threads; ++index) whole.add(parts[index]);
+      finish(job, c, whole);
       if (write)
         over_samples(job, c, c + 1, cut.threads,
                      [&](const Part& part, int) { P::input_gradient(job, part); });
@@ -217,8 +229,8 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Backward {
 
   static void planes(const Job& job, bool sum, bool write) {
     const Cut cut = cut_of(job, sizeof(T), P::READS_EXTRA ? 3 : 2);
-    if (cut.shared) return shared(job, cut, sum, write);
-    over_channels(job, cut, [&](const Part& part) {
+    if (cut.shared && sum) return shared(job, cut, write);
+    const auto group = [&](const Part& part) {
       if (cut.tiled) return tiled(job, part, sum, write);
       if (sum) {
         Sums sums[GROUP];
@@ -226,7 +238,9 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Backward {
         for (std::int64_t c = part.first; c < part.last; ++c) finish(job, c, sums[c - part.first]);
       }
       if (write) P::input_gradient(job, part);
-    });
+    };
+    if (!sum && job.batch >= cut.threads) over_samples_by_groups(job, cut, group);
+    else over_channels(job, cut, group);
   }
 
   static void rows(const Job& job, bool sum, bool write) {

@@ -38,7 +38,7 @@ template <class A> inline Tile tile_of_rows(const Job& job, std::int64_t from, s
   std::int64_t repeats = 1;
   while (repeats < LANES<A> && repeats * C % LANES<A> != 0) repeats *= 2;
   while (repeats * C < BROAD) repeats *= 2;  // a sum is met again only when it is done
-  while (repeats > 1 && repeats * C > WIDE) repeats /= 2;
+  while (repeats > 1 && (repeats * C > WIDE || repeats > job.batch)) repeats /= 2;
   return {from * C, (to - from) / repeats, repeats * C, (to - from) % repeats * C, C, 1, repeats,
           repeats * C <= SHORT && !job.past_caches};
 }
