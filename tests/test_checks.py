@@ -1,5 +1,6 @@
 """check and watch: every rule finds its fault, says nothing of its twin, and leaves no trace."""
 
+import collections
 import copy
 import gc
 import importlib.util
@@ -7,10 +8,12 @@ import json
 import random
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -21,6 +24,7 @@ from typer.testing import CliRunner
 
 import batchnorm
 from batchnorm import BatchNormError
+from batchnorm.checks import probing
 from batchnorm.checks import rules as registry
 from batchnorm.checks import watching as watching_module
 from batchnorm.checks.findings import Level
@@ -128,18 +132,120 @@ class TestTheModelComesBack:
         assert torch.equal(generator.get_state(), state)
         assert random.getstate() == drawn
 
-    def test_a_forward_that_writes_into_parameters_is_told_of(self, caplog):
+    @pytest.mark.parametrize("loader", [None, [torch.randn(4, 3)]], ids=["trace", "batches"])
+    @pytest.mark.parametrize("how", ["in place", "by data", "into data"])
+    def test_a_forward_that_writes_into_parameters(self, how, loader):
+        """As MoCo, whose forward moves its second encoder."""
+
         class Writes(nn.Module):
             def __init__(self):
                 super().__init__()
                 self.norm = nn.BatchNorm1d(3)
+                self.norm.weight.requires_grad_(requires_grad=False)
 
             def forward(self, x):
-                self.norm.weight.mul_(2)
+                weight = self.norm.weight
+                if how == "in place":
+                    weight.mul_(2)
+                elif how == "by data":
+                    weight.data = weight.data * 2
+                else:
+                    weight.data.mul_(2)
                 return self.norm(x)
 
-        batchnorm.check(Writes(), [torch.randn(4, 3)])
-        assert "writes into its parameters" in caplog.text
+        model = Writes().train()
+        place = model.norm.weight.data_ptr()
+        batchnorm.check(model, loader, level="note")
+        assert torch.equal(model.norm.weight, torch.ones(3))
+        assert model.norm.weight.data_ptr() == place
+
+    def test_what_is_held_through_containers_and_helpers(self):
+        class Helper:
+            def __init__(self):
+                self.count, self.draws = 0, random.Random(1)
+
+        class Holds(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm, self.helper = nn.BatchNorm2d(3), Helper()
+                self.nested, self.pair = {"a": [0]}, (torch.zeros(1), [torch.zeros(1)])
+                self.counter, self.array = collections.Counter(y=1), np.zeros(2)
+                self.last, self.order = (
+                    collections.deque([7], maxlen=1),
+                    collections.OrderedDict(a=1, b=2),
+                )
+
+            def forward(self, x):
+                self.helper.count += 1
+                self.helper.draws.random()
+                self.nested["a"][0] += 1
+                self.pair[0].add_(1)
+                self.pair[1][0].add_(1)
+                self.counter["x"] += 1
+                self.array += 1
+                self.last.append(1)
+                self.order.move_to_end("a")
+                return self.norm(x)
+
+        model, drawn = Holds().eval(), random.Random(1).getstate()
+        for loader in (None, [torch.randn(4, 3, 2, 2)]):
+            batchnorm.check(model, loader, level="note")
+            assert (model.helper.count, model.nested, model.counter) == (0, {"a": [0]}, {"y": 1})
+            assert model.helper.draws.getstate() == drawn
+            assert not model.pair[0].any()
+            assert not model.pair[1][0].any()
+            assert not model.array.any()
+            assert list(model.last) == [7]
+            assert list(model.order) == ["a", "b"]
+
+    def test_batches_that_a_forward_writes_into(self):
+        class Doubles(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = nn.BatchNorm2d(3)
+
+            def forward(self, x):
+                return self.norm(x.mul_(2))
+
+        data = [cases.images() for _ in range(2)]
+        batchnorm.check(Doubles().eval(), data)
+        assert all(torch.equal(x, cases.images()) for x in data)
+
+    def test_data_that_draw_by_generators_of_their_own(self, model):
+        class Data(torch.utils.data.Dataset):
+            def __init__(self):
+                self.torch, self.python = torch.Generator().manual_seed(0), random.Random(1)
+                self.numpy, self.old = np.random.default_rng(1), np.random.RandomState(1)
+
+            def states(self):
+                old = self.old.get_state()
+                return (
+                    self.torch.get_state().tolist(), self.python.getstate(),
+                    self.numpy.bit_generator.state, (old[1].tolist(), *old[2:]),
+                )  # fmt: skip
+
+            def __len__(self):
+                return 8
+
+            def __getitem__(self, _):
+                drawn = self.python.random() + self.numpy.random() + self.old.rand()
+                return torch.randn(3, 32, 32, generator=self.torch) + drawn
+
+        data = Data()
+        before = data.states()
+        batchnorm.check(model, torch.utils.data.DataLoader(data, 4))
+        assert data.states() == before
+
+    def test_an_interruption_between_a_hook_and_its_removal(self, model, monkeypatch):
+        class Interrupted(ExitStack):
+            def enter_context(self, _):
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(probing, "ExitStack", Interrupted)
+        before = self.snapshot(model)
+        with pytest.raises(KeyboardInterrupt):
+            batchnorm.check(model, [torch.randn(4, 3, 32, 32, generator=torch.Generator())])
+        self.same(before, self.snapshot(model))
 
     def test_what_a_forward_keeps_in_the_module_comes_back(self):
         class Keeps(nn.Module):

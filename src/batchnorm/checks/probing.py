@@ -3,7 +3,7 @@
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import noop_context_fn
 
 from batchnorm import kernels
 from batchnorm.checks.subject import Layer, Probe, Seen, Subject
-from batchnorm.model.calling import unchanged
+from batchnorm.model.calling import generators_kept, unchanged
 from batchnorm.model.recalibration import Collector, Forward, Moments, Pass, run, size_of
 
 LAYERS = 16  # whose share of the gap is measured, those with the largest standardized gap
@@ -24,9 +24,9 @@ BATCHES = 8
 
 def probe(subject: Subject, loader: Iterable[Any], forward: Forward | None, samples: int) -> Probe:
     """Read a few batches of the loader and look at every layer's input and at the outputs."""
-    model, forward = subject.model, forward or run
+    model, forward = subject.model, _on_a_copy(forward or run)
     found = Probe()
-    with unchanged(model), _generators_kept(loader), torch.no_grad():
+    with unchanged(model), generators_kept(loader), torch.no_grad():
         batches = list(_some(loader, samples))
         if not batches:
             return found
@@ -40,21 +40,13 @@ def probe(subject: Subject, loader: Iterable[Any], forward: Forward | None, samp
     return found
 
 
-@contextmanager
-def _generators_kept(loader: Any) -> Iterator[None]:
-    """A loader may shuffle by a random generator of its own."""
-    batches = getattr(loader, "batch_sampler", None)
-    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    found = {
-        generator: generator.get_state()
-        for holder in holders
-        if isinstance(generator := getattr(holder, "generator", None), torch.Generator)
-    }
-    try:
-        yield
-    finally:
-        for generator, state in found.items():
-            generator.set_state(state)
+def _on_a_copy(forward: Forward) -> Forward:
+    """A model may write into its inputs, and each batch is passed several times."""
+
+    def copied(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+    return lambda model, batch: forward(model, pytree.tree_map(copied, batch))
 
 
 def _some(loader: Iterable[Any], samples: int) -> Iterator[tuple[Any, int]]:
