@@ -512,7 +512,8 @@ def test_fix_leaves_good_channels_and_a_loader_that_is_read_once():
         model, iter(cases.loader()), select=["BN008", "BN011"], level="note", fix=True
     )
     assert any("in 1 channels, the others as they were" in line for line in found.fixed)
-    assert any("BN008 not recalibrated: what is read once" in line for line in found.fixed)
+    assert "BN011 1: momentum 1 may be meant" in found.left
+    assert any("not recalibrated: what is read once" in line for line in found.left)
     assert torch.equal(model[4].running_mean[1:], kept)
     assert model[1].momentum == 1.0
 
@@ -676,7 +677,8 @@ class TestTheCommand:
             (["check", "faulty:build", "--level", "high"], "there is no level"),
             (["check", "faulty:build", "--select", "BN999"], "there is no rule"),
             (["check", "--explain", "BN999"], "there is no rule"),
-            (["check", "faulty:build", "--to", "a.pt"], "it wants --fix"),
+            (["check", "faulty:build", "--to", "a.pt"], "each wants the other"),
+            (["check", "faulty:build", "--fix"], "each wants the other"),
             (["watch", "none.py"], "there is no script none.py"),
         ],
     )

@@ -23,8 +23,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from batchnorm import kernels
-from batchnorm.checks.checking import Names, _listed, judge, level_of
-from batchnorm.checks.findings import Findings, Level
+from batchnorm.checks.checking import Names, _listed, judge
+from batchnorm.checks.findings import Findings, Level, level_of
 from batchnorm.checks.probing import standardized_gap
 from batchnorm.checks.rules import chosen
 from batchnorm.checks.rules.state import initial

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.checks.findings import Level
-from batchnorm.checks.rules import Evidence, rule
+from batchnorm.checks.rules import Evidence, Left, rule
 from batchnorm.checks.subject import Layer, Subject, Training
 from batchnorm.model.freezing import Frozen
 
@@ -45,6 +45,8 @@ def _reset_broken(subject: Subject, name: str) -> str:
     batchnorm.recalibrate(model, loader)
     """,
     mend=_reset_broken,
+    saved=True,
+    recalibrated=True,
 )
 def broken_statistics(subject: Subject) -> Iterator[Evidence]:
     """A running mean or variance that is NaN or infinite, or a variance below 0.
@@ -79,6 +81,7 @@ def untrained(layer: Layer) -> bool:
     model.load_state_dict(torch.load("weights.pt", weights_only=True))  # with the buffers, or
     batchnorm.recalibrate(model, loader)
     """,
+    recalibrated=True,
 )
 def never_trained(subject: Subject) -> Iterator[Evidence]:
     """The counter is 0, the running mean 0 and the running variance 1 in every channel.
@@ -114,11 +117,11 @@ def no_running_statistics(subject: Subject) -> Iterator[Evidence]:
             yield Evidence(name, "track_running_stats=False")
 
 
-def _one_minus(subject: Subject, name: str) -> str | None:
+def _one_minus(subject: Subject, name: str) -> str:
     layer = subject.layers[name]
     old = layer.momentum
     if old == 1:
-        return None  # may be meant
+        raise Left("momentum 1 may be meant")
     # 0.99 was Keras's; of what is no share, or a half, torch's default
     layer.momentum = round(1 - old, 12) if 0.5 < old < 1 else 0.1
     return f"{name}: momentum {old} is now {layer.momentum}"
@@ -165,8 +168,16 @@ def odd_eps(subject: Subject) -> Iterator[Evidence]:
 
 
 def _to_float(subject: Subject, name: str) -> str:
-    subject.layers[name].float()  # torch takes half-precision inputs with it; Parameters stay
-    return f"{name}: statistics, weight and bias are float32 now"
+    layer = subject.layers[name].float()  # torch takes half-precision inputs; Parameters stay
+    for optimizer in subject.optimizers:
+        for own in layer.parameters():
+            state = optimizer.state.get(own, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == own.shape:
+                    state[key] = value.to(own.dtype)  # of one dtype with it, or its step raises
+    return (
+        f"{name}: statistics, weight and bias are float32 now, and what its optimizer keeps of them"
+    )
 
 
 @rule(

@@ -30,6 +30,7 @@ def stale(subject: Subject) -> float | None:
     "BN001",
     "The running statistics are not those of the data.",
     remedy="batchnorm.recalibrate(model, loader)  # training data, no labels",
+    recalibrated=True,
 )
 def stale_statistics(subject: Subject) -> Iterator[Evidence]:
     """The outputs move when the running statistics are replaced by those of the loader's data.
@@ -97,6 +98,7 @@ def initial_share(layer: Layer) -> float | None:
     "BN012",
     "Too few batches: the initial mean 0 and variance 1 are still in the running statistics.",
     remedy="batchnorm.recalibrate(model, loader)  # or train on before evaluating",
+    recalibrated=True,
 )
 def too_few_updates(subject: Subject) -> Iterator[Evidence]:
     """(1 − momentum)^t, the share of the initial values after t batches, is above 0.05.
@@ -130,6 +132,7 @@ def too_few_updates(subject: Subject) -> Iterator[Evidence]:
     batchnorm.recalibrate(averaged, loader)  # after the last update_parameters; or, for an EMA,
     averaged = AveragedModel(model, use_buffers=True)  # averages the statistics, too
     """,
+    recalibrated=True,
 )
 def averaged_without_statistics(subject: Subject) -> Iterator[Evidence]:
     """An `AveragedModel` averages parameters and, by default, copies the buffers of the last model.
