@@ -154,6 +154,7 @@ def _has(subject: Subject, need: str) -> bool:
         "loader": subject.probe is not None and subject.probe.batches > 0,
         "optimizer": bool(subject.optimizers),
         "training": subject.training is not None,
+        "graph": subject.graph,
     }
     return has.get(need, False)
 

@@ -181,7 +181,11 @@ def _compare(
 
     found.gap = apart(running, fresh)
     found.noise = _noise(collector, batches, forward, layers, outputs, apart)
-    found.accuracy = _accuracies(batches, running, fresh)
+    classes = _classes(batches, running)
+    if classes is not None:
+        found.accuracy = _accuracy(running, classes), _accuracy(fresh, classes)
+        share = float(classes.bincount().max()) / len(classes)
+        found.chance = share + 2 * (share * (1 - share) / len(classes)) ** 0.5
     if found.gap > 0:
         for layer in _most_apart(found.fresh):
             replaced = _with(collector, {layer: found.fresh[layer]}, outputs)
@@ -233,20 +237,28 @@ def _noise(
 
 def standardized_gap(layer: Layer, fresh: Moments) -> float:
     """√mean over channels of ((mean − running mean)² ÷ running var + (ln √(var ÷ running var))²)."""
-    eps = layer.eps
-    running = layer.running_var.double().clamp(min=0) + eps
-    shift = (fresh.mean - layer.running_mean.double()).square() / running
-    ratio = ((fresh.var_unbiased + eps) / running).log() / 2
-    return float((shift + ratio.square()).mean().sqrt())
+    return _apart(
+        layer.eps, layer.running_mean.double(), layer.running_var.double(),
+        fresh.mean, fresh.var_unbiased,
+    )  # fmt: skip
+
+
+def apart(eps: float, ours: Moments, theirs: Moments) -> float:
+    """The standardized gap between the statistics of two kinds of batches, by the first's spread."""
+    return _apart(eps, ours.mean, ours.var_unbiased, theirs.mean, theirs.var_unbiased)
+
+
+def _apart(eps: float, mean: Tensor, var_unbiased: Tensor, other: Tensor, its_var: Tensor) -> float:
+    spread = var_unbiased.clamp(min=0) + eps
+    ratio = ((its_var + eps) / spread).log() / 2  # of the standard deviations
+    return float(((other - mean).square() / spread + ratio.square()).mean().sqrt())
 
 
 def _most_apart(fresh: dict[Layer, Moments]) -> list[Layer]:
     return sorted(fresh, key=lambda layer: -standardized_gap(layer, fresh[layer]))[:LAYERS]
 
 
-def _accuracies(
-    batches: list[tuple[Any, int]], running: Tensor, fresh: Tensor
-) -> tuple[float, float] | None:
+def _classes(batches: list[tuple[Any, int]], scores: Tensor) -> Tensor | None:
     """Where the batches are (images, classes) and the outputs a score a class."""
     labels = [
         batch[1] for batch, _ in batches if isinstance(batch, list | tuple) and len(batch) == 2
@@ -256,8 +268,14 @@ def _accuracies(
         for each in labels
     ):
         return None
-    classes = torch.cat(labels).to(running.device)
-    if len(classes) != len(running) or int(classes.max()) >= running.shape[1]:
+    classes = torch.cat(labels).to(scores.device)
+    if (
+        len(classes) != len(scores)
+        or not 0 <= int(classes.min()) <= int(classes.max()) < scores.shape[1]
+    ):
         return None
-    hits = [float((scores.argmax(1) == classes).double().mean()) for scores in (running, fresh)]
-    return hits[0], hits[1]
+    return classes
+
+
+def _accuracy(scores: Tensor, classes: Tensor) -> float:
+    return float((scores.argmax(1) == classes).double().mean())

@@ -119,7 +119,8 @@ def _package(holder: Any) -> str:
 
 def _lazy(module: nn.Module) -> bool:
     """It becomes another class when it learns its size, and that is not taken back."""
-    return any(map(is_lazy, (*module._parameters.values(), *module._buffers.values())))  # noqa: SLF001
+    own = (*module._parameters.values(), *module._buffers.values())  # noqa: SLF001  # torch's
+    return any(is_lazy(tensor) for tensor in own if tensor is not None)
 
 
 def _restorer(each: Any) -> Restore | None:

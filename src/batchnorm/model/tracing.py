@@ -80,8 +80,9 @@ def trace(model: nn.Module, mode: bool | None = None) -> Traced:
     traced = Traced()
     constants = set(constant_norms(model).values())
     with unchanged(model):  # a forward that keeps what it computes would keep a proxy
-        for module in model.modules() if mode is not None else ():
-            module.training = mode  # not by train(), which models overwrite
+        if mode is not None:
+            for module in model.modules():
+                module.training = mode  # not by train(), which models overwrite
         graphs = list(_graphs(model, "", constants, traced, set()))
     for name, part, graph in graphs:
         traced.whole |= part is model

@@ -18,6 +18,7 @@ ACTIVATIONS = (
     nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
     nn.Sigmoid, nn.Tanh, nn.Softplus, nn.PReLU,
 )  # fmt: skip
+FOREIGN = 0.5  # of a standard deviation
 FUNCTIONS = {"relu", "relu_", "leaky_relu", "gelu", "silu", "sigmoid", "tanh", "hardswish", "elu"}
 
 
@@ -33,12 +34,15 @@ FUNCTIONS = {"relu", "relu_", "leaky_relu", "gelu", "silu", "sigmoid", "tanh", "
 def moved_without_gradients(subject: Subject) -> Iterator[Evidence]:
     """A pass under `torch.no_grad()` in training mode updates the running statistics as any other.
 
-    A validation loss, a teacher, a generator's samples for the discriminator's step: the average then
-    holds data that was never trained on. Where those passes are of the same kind as the others (a
-    generator fed with noise), nothing is lost: a note, unless they are more than the others.
+    Harmful where those passes are of another kind than the others: the average then holds data that
+    was never trained on. Reported where they are more than the passes with gradients and their
+    inputs are, at the last looks, more than 0.5 from those (the standardized gap of BN001, without
+    what chance does); and where there are none with gradients and the weights never moved, as in a
+    teacher that should have been in evaluation mode. A generator fed with noise and an encoder that
+    follows another by a moving average are healthy: a note.
     """
     seen = subject.training
-    if seen is None or not seen.steps:
+    if seen is None or not seen.noticed:
         return
     if evaluated_in_training_mode(seen):
         return  # BN002 says it
@@ -46,12 +50,18 @@ def moved_without_gradients(subject: Subject) -> Iterator[Evidence]:
         # a reentrant checkpoint runs its part without gradients first, and again in backward
         without = calls[True, False] - seen.recomputed[layer]
         with_gradients = calls[True, True]
-        if without > 0 and layer in subject.names:
-            level = Level.NOTE if without <= with_gradients else None
-            text = f"{without} calls in training mode without gradients, {with_gradients} with"
-            yield Evidence(
-                subject.names[layer], text, {"without": without, "with": with_gradients}, level
-            )
+        if without <= 0 or layer not in subject.names:
+            continue
+        apart = seen.foreign.get(layer, 0.0)
+        if with_gradients:
+            harmful = without > with_gradients and apart > FOREIGN
+        else:
+            harmful = layer in seen.resting and layer not in seen.fixed  # of which BN003 tells
+        text = f"{without} calls in training mode without gradients, {with_gradients} with"
+        if apart:
+            text += f", {apart:.2f} apart (reported from {FOREIGN})"
+        numbers = {"without": without, "with": with_gradients, "apart": apart}
+        yield Evidence(subject.names[layer], text, numbers, None if harmful else Level.NOTE)
 
 
 def _drop_bias(subject: Subject, name: str) -> str:
@@ -122,6 +132,7 @@ def _dead_bias_of(subject: Subject, traced: Traced, layer: Layer) -> Any:
     "BN014",
     "A bias that the norm behind it takes away again.",
     Level.NOTE,
+    needs=("graph",),
     remedy="torch.nn.Conv2d(channels_in, channels_out, 3, bias=False)",
     mend=_drop_bias,
 )
@@ -300,6 +311,7 @@ def not_in_the_optimizer(subject: Subject) -> Iterator[Evidence]:
     "BN024",
     "Dropout feeds a norm.",
     Level.NOTE,
+    needs=("graph",),
     remedy="x = dropout(relu(norm(conv(x))))  # dropout behind the last norm",
 )
 def dropout_before(subject: Subject) -> Iterator[Evidence]:
@@ -342,6 +354,7 @@ def _before(call: Call) -> str:
     "BN034",
     "An activation before the norm.",
     Level.NOTE,
+    needs=("graph",),
     remedy="x = relu(norm(conv(x)))  # the paper's order",
 )
 def activation_before(subject: Subject) -> Iterator[Evidence]:
