@@ -773,6 +773,30 @@ class TestWatching:
         assert alone.stderr.strip() in watched.stderr
         assert watched.stderr.count("BN011") == (0 if end == "close" else 2)  # and in --explain
 
+    @pytest.mark.parametrize("command", ["module", "console"])
+    def test_modules_are_looked_for_where_python_looks(self, tmp_path, command):
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "a.py").write_text("import sys; print(sys.path)")
+        start = "import sys; from batchnorm.cli import main; sys.argv[0] = 'batchnorm'; main()"
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "start.py").write_text(start)
+        how = ["-m", "batchnorm"] if command == "module" else ["bin/start.py"]
+        alone = run("sub/a.py", cwd=tmp_path)
+        watched = run(*how, "watch", "sub/a.py", cwd=tmp_path)
+        assert watched.stdout == alone.stdout
+
+    def test_a_batchnorm_of_the_script_s_own_is_said(self, tmp_path):
+        (tmp_path / "batchnorm.py").write_text("x = 1")
+        (tmp_path / "train.py").write_text("print('ran')")
+        start = "import sys; from batchnorm.cli import main; main()"
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        (folder / "start.py").write_text(start)
+        watched = run("bin/start.py", "watch", "train.py", cwd=tmp_path)
+        assert watched.returncode == 2
+        assert "beside a batchnorm.py of its own" in watched.stderr
+        assert not watched.stdout
+
     def test_a_script_that_cannot_be_compiled(self, tmp_path):
         (tmp_path / "train.py").write_text("x = (")
         alone = run("train.py", cwd=tmp_path)

@@ -439,7 +439,8 @@ REMEDIES = {
 
 def main() -> None:
     """Run the command."""
-    sys.path.insert(0, "")  # package.module:function may stand in the current folder
+    # package.module:function may stand in the current folder, and not in the command's own
+    sys.path[: 0 if sys.flags.safe_path else 1] = [""]
     try:
         app()
     except KeyboardInterrupt:  # before or behind a command's own handling: torch takes a second
