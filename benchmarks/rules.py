@@ -350,14 +350,14 @@ def teacher(situation: Situation) -> None:
     steps(situation, 8, every=4)
     with torch.no_grad():
         for _ in range(20):
-            situation.model(images(seed=9))
+            situation.model(images(seed=9) + 2)
 
 
 def quiet_teacher(situation: Situation) -> None:
     steps(situation, 8, every=4)
     with batchnorm.no_update(situation.model), torch.no_grad():
         for _ in range(20):
-            situation.model(images(seed=9))
+            situation.model(images(seed=9) + 2)
 
 
 def shifted(model: Any) -> None:

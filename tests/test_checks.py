@@ -1,5 +1,6 @@
 """check and watch: every rule finds its fault, says nothing of its twin, and leaves no trace."""
 
+import collections
 import copy
 import gc
 import importlib.util
@@ -7,10 +8,12 @@ import json
 import random
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -21,6 +24,7 @@ from typer.testing import CliRunner
 
 import batchnorm
 from batchnorm import BatchNormError
+from batchnorm.checks import probing
 from batchnorm.checks import rules as registry
 from batchnorm.checks import watching as watching_module
 from batchnorm.checks.findings import Level
@@ -128,18 +132,120 @@ class TestTheModelComesBack:
         assert torch.equal(generator.get_state(), state)
         assert random.getstate() == drawn
 
-    def test_a_forward_that_writes_into_parameters_is_told_of(self, caplog):
+    @pytest.mark.parametrize("loader", [None, [torch.randn(4, 3)]], ids=["trace", "batches"])
+    @pytest.mark.parametrize("how", ["in place", "by data", "into data"])
+    def test_a_forward_that_writes_into_parameters(self, how, loader):
+        """As MoCo, whose forward moves its second encoder."""
+
         class Writes(nn.Module):
             def __init__(self):
                 super().__init__()
                 self.norm = nn.BatchNorm1d(3)
+                self.norm.weight.requires_grad_(requires_grad=False)
 
             def forward(self, x):
-                self.norm.weight.mul_(2)
+                weight = self.norm.weight
+                if how == "in place":
+                    weight.mul_(2)
+                elif how == "by data":
+                    weight.data = weight.data * 2
+                else:
+                    weight.data.mul_(2)
                 return self.norm(x)
 
-        batchnorm.check(Writes(), [torch.randn(4, 3)])
-        assert "writes into its parameters" in caplog.text
+        model = Writes().train()
+        place = model.norm.weight.data_ptr()
+        batchnorm.check(model, loader, level="note")
+        assert torch.equal(model.norm.weight, torch.ones(3))
+        assert model.norm.weight.data_ptr() == place
+
+    def test_what_is_held_through_containers_and_helpers(self):
+        class Helper:
+            def __init__(self):
+                self.count, self.draws = 0, random.Random(1)
+
+        class Holds(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm, self.helper = nn.BatchNorm2d(3), Helper()
+                self.nested, self.pair = {"a": [0]}, (torch.zeros(1), [torch.zeros(1)])
+                self.counter, self.array = collections.Counter(y=1), np.zeros(2)
+                self.last, self.order = (
+                    collections.deque([7], maxlen=1),
+                    collections.OrderedDict(a=1, b=2),
+                )
+
+            def forward(self, x):
+                self.helper.count += 1
+                self.helper.draws.random()
+                self.nested["a"][0] += 1
+                self.pair[0].add_(1)
+                self.pair[1][0].add_(1)
+                self.counter["x"] += 1
+                self.array += 1
+                self.last.append(1)
+                self.order.move_to_end("a")
+                return self.norm(x)
+
+        model, drawn = Holds().eval(), random.Random(1).getstate()
+        for loader in (None, [torch.randn(4, 3, 2, 2)]):
+            batchnorm.check(model, loader, level="note")
+            assert (model.helper.count, model.nested, model.counter) == (0, {"a": [0]}, {"y": 1})
+            assert model.helper.draws.getstate() == drawn
+            assert not model.pair[0].any()
+            assert not model.pair[1][0].any()
+            assert not model.array.any()
+            assert list(model.last) == [7]
+            assert list(model.order) == ["a", "b"]
+
+    def test_batches_that_a_forward_writes_into(self):
+        class Doubles(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = nn.BatchNorm2d(3)
+
+            def forward(self, x):
+                return self.norm(x.mul_(2))
+
+        data = [cases.images() for _ in range(2)]
+        batchnorm.check(Doubles().eval(), data)
+        assert all(torch.equal(x, cases.images()) for x in data)
+
+    def test_data_that_draw_by_generators_of_their_own(self, model):
+        class Data(torch.utils.data.Dataset):
+            def __init__(self):
+                self.torch, self.python = torch.Generator().manual_seed(0), random.Random(1)
+                self.numpy, self.old = np.random.default_rng(1), np.random.RandomState(1)
+
+            def states(self):
+                old = self.old.get_state()
+                return (
+                    self.torch.get_state().tolist(), self.python.getstate(),
+                    self.numpy.bit_generator.state, (old[1].tolist(), *old[2:]),
+                )  # fmt: skip
+
+            def __len__(self):
+                return 8
+
+            def __getitem__(self, _):
+                drawn = self.python.random() + self.numpy.random() + self.old.rand()
+                return torch.randn(3, 32, 32, generator=self.torch) + drawn
+
+        data = Data()
+        before = data.states()
+        batchnorm.check(model, torch.utils.data.DataLoader(data, 4))
+        assert data.states() == before
+
+    def test_an_interruption_between_a_hook_and_its_removal(self, model, monkeypatch):
+        class Interrupted(ExitStack):
+            def enter_context(self, _):
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(probing, "ExitStack", Interrupted)
+        before = self.snapshot(model)
+        with pytest.raises(KeyboardInterrupt):
+            batchnorm.check(model, [torch.randn(4, 3, 32, 32, generator=torch.Generator())])
+        self.same(before, self.snapshot(model))
 
     def test_what_a_forward_keeps_in_the_module_comes_back(self):
         class Keeps(nn.Module):
@@ -406,7 +512,8 @@ def test_fix_leaves_good_channels_and_a_loader_that_is_read_once():
         model, iter(cases.loader()), select=["BN008", "BN011"], level="note", fix=True
     )
     assert any("in 1 channels, the others as they were" in line for line in found.fixed)
-    assert any("BN008 not recalibrated: what is read once" in line for line in found.fixed)
+    assert "BN011 1: momentum 1 may be meant" in found.left
+    assert any("not recalibrated: what is read once" in line for line in found.left)
     assert torch.equal(model[4].running_mean[1:], kept)
     assert model[1].momentum == 1.0
 
@@ -570,7 +677,8 @@ class TestTheCommand:
             (["check", "faulty:build", "--level", "high"], "there is no level"),
             (["check", "faulty:build", "--select", "BN999"], "there is no rule"),
             (["check", "--explain", "BN999"], "there is no rule"),
-            (["check", "faulty:build", "--to", "a.pt"], "it wants --fix"),
+            (["check", "faulty:build", "--to", "a.pt"], "each wants the other"),
+            (["check", "faulty:build", "--fix"], "each wants the other"),
             (["watch", "none.py"], "there is no script none.py"),
         ],
     )
@@ -664,6 +772,30 @@ class TestWatching:
         assert watched.returncode == shown.get(alone.returncode, alone.returncode)
         assert alone.stderr.strip() in watched.stderr
         assert watched.stderr.count("BN011") == (0 if end == "close" else 2)  # and in --explain
+
+    @pytest.mark.parametrize("command", ["module", "console"])
+    def test_modules_are_looked_for_where_python_looks(self, tmp_path, command):
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "a.py").write_text("import sys; print(sys.path)")
+        start = "import sys; from batchnorm.cli import main; sys.argv[0] = 'batchnorm'; main()"
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "start.py").write_text(start)
+        how = ["-m", "batchnorm"] if command == "module" else ["bin/start.py"]
+        alone = run("sub/a.py", cwd=tmp_path)
+        watched = run(*how, "watch", "sub/a.py", cwd=tmp_path)
+        assert watched.stdout == alone.stdout
+
+    def test_a_batchnorm_of_the_script_s_own_is_said(self, tmp_path):
+        (tmp_path / "batchnorm.py").write_text("x = 1")
+        (tmp_path / "train.py").write_text("print('ran')")
+        start = "import sys; from batchnorm.cli import main; main()"
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        (folder / "start.py").write_text(start)
+        watched = run("bin/start.py", "watch", "train.py", cwd=tmp_path)
+        assert watched.returncode == 2
+        assert "beside a batchnorm.py of its own" in watched.stderr
+        assert not watched.stdout
 
     def test_a_script_that_cannot_be_compiled(self, tmp_path):
         (tmp_path / "train.py").write_text("x = (")

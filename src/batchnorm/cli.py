@@ -266,9 +266,12 @@ def check(
     level: Least = "warning",
     select: Select = None,
     ignore: Ignore = None,
-    samples: Annotated[int, typer.Option(help="Of the loader, at most.")] = 256,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Of the loader; by default 256 to check, 10,000 to recalibrate."),
+    ] = None,
     fix: Annotated[
-        bool, typer.Option("--fix", help="Mend what is safe; with --to, write the checkpoint.")
+        bool, typer.Option("--fix", help="Mend what is safe and a checkpoint holds; wants --to.")
     ] = False,
     to: Annotated[Path | None, typer.Option(help="The mended checkpoint.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write a page (.html), too.")] = None,
@@ -436,7 +439,8 @@ REMEDIES = {
 
 def main() -> None:
     """Run the command."""
-    sys.path.insert(0, "")  # package.module:function may stand in the current folder
+    # package.module:function may stand in the current folder, and not in the command's own
+    sys.path[: 0 if sys.flags.safe_path else 1] = [""]
     try:
         app()
     except KeyboardInterrupt:  # before or behind a command's own handling: torch takes a second

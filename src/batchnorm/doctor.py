@@ -50,10 +50,13 @@ def check(
         raise BatchNormError(
             "check wants package.module:function, one that gives a model, or --explain BN001."
         )
+    if fix != (to is not None):
+        raise BatchNormError(
+            "--fix mends what a checkpoint holds, and --to is where that goes: each wants the other. "
+            "Without both nothing is mended; in Python there is batchnorm.check(model, fix=True)."
+        )
     if to is not None:
         weights.refuse_suffix(to)
-        if not fix:
-            raise BatchNormError("--to is where the mended checkpoint goes: it wants --fix.")
     model, loader, optimizer = _given(spec)
     read = None
     if checkpoint is not None:
@@ -63,12 +66,14 @@ def check(
         loader = deployment.batches_of(resolve(data, "data")(), data)
     if train is not None:
         model.train(train)
-    found = checking.check(model, loader, optimizer, fix=fix, **options)
-    if to is not None:
-        if read is not None:
-            read.write(to, model)
-        else:
-            weights.write(to, model.state_dict())
+    examining = checking.Examining(model, loader, optimizer, None, **options)
+    if to is None:
+        return examining.examine()[1]
+    found = examining.mended(into_a_file=True)
+    if read is not None:
+        read.write(to, model)
+    else:
+        weights.write(to, model.state_dict())
     return found
 
 

@@ -8,14 +8,16 @@ from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
-from batchnorm.checks.findings import Finding, Findings, Level
+from batchnorm.checks.findings import NEEDS, Finding, Findings, Level, level_of
 from batchnorm.checks.probing import SAMPLES, probe
-from batchnorm.checks.rules import Evidence, Rule, chosen, failed
+from batchnorm.checks.rules import Evidence, Left, Rule, chosen, failed
 from batchnorm.checks.subject import Subject, loading_of
-from batchnorm.errors import BatchNormError, brief
+from batchnorm.errors import brief
+from batchnorm.model.discovery import refuse_no_model
 from batchnorm.model.recalibration import Forward, recalibrate
 
 Names = Sequence[str]
+ENOUGH = 10_000  # samples to recalibrate with: a loader may have no end
 
 
 def check(
@@ -27,7 +29,7 @@ def check(
     level: str | Level = Level.WARNING,
     select: Names | None = None,
     ignore: Names | None = None,
-    samples: int = SAMPLES,
+    samples: int | None = None,
     fix: bool = False,
 ) -> Findings:
     """Find what is wrong with a model's batch normalization; the model comes back bit for bit.
@@ -45,8 +47,11 @@ def check(
         level: the lowest that is reported: "note", "warning" or "error".
         select: identifiers, or their beginnings, of the rules to check; all by default.
         ignore: of those not to check.
-        samples: of the loader, at most about so many.
-        fix: mend what can be mended safely, in place, and check again. `Findings.fixed` tells.
+        samples: of the loader, at most about so many; by default 256 to look at, 10,000 to
+            recalibrate with.
+        fix: mend what can be mended safely, in place, and check again: `Findings.fixed` tells, and
+            `Findings.left` what was not, and why. Not between a forward pass and its backward pass,
+            which would find other parameters.
 
     Returns:
         The findings, the worst first.
@@ -54,47 +59,63 @@ def check(
     Raises:
         BatchNormError: not a model; a level or rule that is not known.
     """
-    least = level_of(level)
-    if not isinstance(model, nn.Module):
-        raise BatchNormError(f"check got a {type(model).__name__} and wants a torch.nn.Module.")
-    rules = chosen(_listed(select), _listed(ignore))
-    optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
-    optimizers = [each for each in optimizers if each is not None]
+    examining = Examining(model, loader, optimizer, forward, level, select, ignore, samples)
+    return examining.mended() if fix else examining.examine()[1]
 
-    def examine() -> tuple[Subject, Findings]:
-        subject = Subject(model, optimizers, loading_of(loader))
+
+class Examining:
+    """A model with all that `check` was given."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any] | None,
+        optimizer: Any,
+        forward: Forward | None,
+        level: str | Level,
+        select: Names | None,
+        ignore: Names | None,
+        samples: int | None,
+    ) -> None:
+        self.least = level_of(level)
+        refuse_no_model(model, "check")
+        self.model, self.loader, self.forward, self.samples = model, loader, forward, samples
+        self.rules = chosen(_listed(select), _listed(ignore))
+        optimizers = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+        self.optimizers = [each for each in optimizers if each is not None]
+
+    def examine(self) -> tuple[Subject, Findings]:
+        """What was looked at, and what was found."""
+        subject = Subject(self.model, self.optimizers, loading_of(self.loader))
         skipped = {}
-        if loader is not None and subject.layers:
-            if any(is_lazy(t) for t in itertools.chain(model.parameters(), model.buffers())):
+        if self.loader is not None and subject.layers:
+            if any(
+                is_lazy(t) for t in itertools.chain(self.model.parameters(), self.model.buffers())
+            ):
                 # a pass would give the layers their sizes, and that cannot be taken back
                 skipped["loader"] = "lazy layers have not learned their sizes: run one batch first"
             else:
                 try:
-                    subject.probe = probe(subject, loader, forward, samples)
+                    subject.probe = probe(
+                        subject, self.loader, self.forward, self.samples or SAMPLES
+                    )
                 except Exception as error:  # noqa: BLE001  # the user's, which may raise anything
                     skipped["loader"] = f"a batch could not be passed: {brief(error)}"
-        return subject, judge(subject, rules, least, skipped)
+        return subject, judge(subject, self.rules, self.least, skipped)
 
-    subject, findings = examine()
-    if not fix or not findings:
-        return findings
-    done = list(mend(subject, findings, rules, loader, forward))
-    if not done:
-        return findings
-    _, after = examine()
-    return Findings(
-        list(after), model=after.model, checked=after.checked, skipped=after.skipped, fixed=done
-    )
-
-
-def level_of(level: str | Level) -> Level:
-    """A level by its name."""
-    if isinstance(level, Level):
-        return level
-    names = [str(each) for each in Level]
-    if level not in names:
-        raise BatchNormError(f"there is no level {level!r}; there are {', '.join(names)}.")
-    return Level(names.index(level) + 1)
+    def mended(self, *, into_a_file: bool = False) -> Findings:
+        """Mend what is safe, and examine again; for a file, what a state dict holds."""
+        subject, findings = self.examine()
+        if not findings:
+            return findings
+        mending = _Mending(self, subject, into_a_file=into_a_file)
+        mending.by_rules(findings)
+        mending.recalibrate(findings)
+        after = self.examine()[1] if mending.fixed else findings
+        return Findings(
+            list(after), model=after.model, checked=after.checked, skipped=after.skipped,
+            fixed=mending.fixed, left=mending.left,
+        )  # fmt: skip
 
 
 def _listed(names: Names | None) -> list[str] | None:
@@ -114,7 +135,7 @@ def judge(
         reasons[f"({where})"] = "scripted: its layers cannot be looked at from Python"
     for rule in rules:
         if missing := [need for need in rule.needs if not _has(subject, need)]:
-            reasons[rule.identifier] = f"needs {', '.join(missing)}"
+            reasons[rule.identifier] = f"{NEEDS}{', '.join(missing)}"
             continue
         try:
             evidence = [_finding(rule, each) for each in rule.find(subject)]
@@ -133,6 +154,7 @@ def _has(subject: Subject, need: str) -> bool:
         "loader": subject.probe is not None and subject.probe.batches > 0,
         "optimizer": bool(subject.optimizers),
         "training": subject.training is not None,
+        "graph": subject.graph,
     }
     return has.get(need, False)
 
@@ -142,37 +164,77 @@ def _finding(rule: Rule, evidence: Evidence) -> Finding:
     return Finding(
         rule.identifier, rule.title, level, evidence.layer, evidence.text,
         rule.remedy.replace("LAYER", evidence.layer or "*"), evidence.numbers,
-        fixable=rule.mend is not None or rule.identifier in RECALIBRATED,
+        fixable=rule.mend is not None or (rule.recalibrated and level > Level.NOTE),
     )  # fmt: skip
 
 
-RECALIBRATED = {"BN001", "BN008", "BN009", "BN012", "BN028"}  # with a loader, all at once
+class _Mending:
+    """What is done about the findings, and what is left."""
 
+    def __init__(self, examining: Examining, subject: Subject, *, into_a_file: bool) -> None:
+        self._examining, self._subject, self._into_a_file = examining, subject, into_a_file
+        self._rules = {rule.identifier: rule for rule in examining.rules}
+        self.fixed: list[str] = []
+        self.left: list[str] = []
 
-def mend(
-    subject: Subject,
-    findings: Findings,
-    rules: Iterable[Rule],
-    loader: Iterable[Any] | None,
-    forward: Forward | None,
-) -> Iterable[str]:
-    """Do what each finding's rule knows to do, then recalibrate, if any of them asks for it."""
-    known = {rule.identifier: rule for rule in rules}
-    for each in findings:
-        doing = known[each.rule].mend
-        if doing is not None and each.layer in subject.layers:
-            done = doing(subject, each.layer)
-            if done is not None:
-                yield f"{each.rule} {done}"
-    asked = ", ".join(sorted({each.rule for each in findings} & RECALIBRATED))
-    if not asked or loader is None:
-        return
-    if isinstance(loader, Iterator):
-        yield f"{asked} not recalibrated: what is read once was read to check. Pass a list or DataLoader"
-        return
-    try:
-        recalibrate(subject.model, loader, forward=forward)
-    except Exception as error:  # noqa: BLE001  # the user's loader and model; nothing was changed
-        yield f"{asked} not recalibrated: {brief(error)}"
-    else:
-        yield f"{asked} recalibrated on the loader's data"
+    def by_rules(self, findings: Findings) -> None:
+        """What each finding's rule knows to do."""
+        for each in findings:
+            rule = self._rules[each.rule]
+            if rule.mend is None or each.layer not in self._subject.layers:
+                continue
+            if self._into_a_file and not rule.saved:
+                why = "a checkpoint does not hold it: change it in the code, or by check(fix=True)"
+                self.left.append(f"{each.rule} {each.layer}: {why}")
+                continue
+            try:
+                self.fixed.append(f"{each.rule} {rule.mend(self._subject, each.layer)}")
+            except Left as reason:
+                self.left.append(f"{each.rule} {each.layer}: {reason}")
+
+    def recalibrate(self, findings: Findings) -> None:
+        """New statistics for the layers that are found to want them, and for no others.
+
+        Of what is but a note nothing is known to be wrong: running statistics that classify better
+        than the data's, a model that is about to be trained.
+        """
+        asking = [f for f in findings if self._rules[f.rule].recalibrated and f.level > Level.NOTE]
+        loader = self._examining.loader
+        if not asking or loader is None:
+            return
+        names = self._layers_of(asking)
+        what = f"{', '.join(sorted({f.rule for f in asking}))}: {', '.join(names)}"
+        if isinstance(loader, Iterator):
+            why = "what is read once was read to check. Pass a list or DataLoader"
+            self.left.append(f"{what} not recalibrated: {why}")
+            return
+        try:
+            self._recalibrate(loader, names)
+        except Exception as error:  # noqa: BLE001  # the user's loader and model; nothing was changed
+            self.left.append(f"{what} not recalibrated: {brief(error)}")
+        else:
+            self.fixed.append(f"{what} recalibrated on the loader's data")
+
+    def _layers_of(self, asking: list[Finding]) -> list[str]:
+        """Those that are named; where the model or a part of it is, every layer in there."""
+        layers = self._subject.layers
+        wide = [f.layer for f in asking if f.layer not in layers or f.rule == "BN001"]
+        parts = ["" if name in layers else name for name in wide]
+        return [
+            name
+            for name in layers
+            if any(f.layer == name for f in asking)
+            or any(not part or name.startswith(f"{part}.") for part in parts)
+        ]
+
+    def _recalibrate(self, loader: Iterable[Any], names: list[str]) -> None:
+        others = [m for name, m in self._subject.tracking() if name not in names]
+        buffers = [b for layer in others for b in layer.buffers(recurse=False)]
+        before = [b.clone() for b in buffers]
+        examining = self._examining
+        recalibrate(
+            self._subject.model, loader, forward=examining.forward,
+            samples=examining.samples or ENOUGH,
+        )  # fmt: skip
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, overload
 
+from batchnorm.errors import BatchNormError
+
+NEEDS = "needs "  # begins the reason of a rule that wants what was not given
+
 
 class Level(IntEnum):
     """How sure it is that something goes wrong."""
@@ -17,6 +21,16 @@ class Level(IntEnum):
 
     def __str__(self) -> str:
         return self.name.lower()
+
+
+def level_of(level: str | Level) -> Level:
+    """A level by its name."""
+    if isinstance(level, Level):
+        return level
+    names = [str(each) for each in Level]
+    if level not in names:
+        raise BatchNormError(f"there is no level {level!r}; there are {', '.join(names)}.")
+    return Level(names.index(level) + 1)
 
 
 @dataclass(frozen=True)
@@ -48,12 +62,14 @@ class Findings(Sequence[Finding]):
         checked: Sequence[str] = (),
         skipped: dict[str, str] | None = None,
         fixed: Sequence[str] = (),
+        left: Sequence[str] = (),
     ) -> None:
         self._findings = sorted(findings, key=lambda f: (-f.level, f.rule))
         self.model = model
         self.checked = list(checked)  # the rules that could be checked
         self.skipped = skipped or {}  # those that could not, and why
         self.fixed = list(fixed)  # what fix=True did
+        self.left = list(left)  # what it did not, and why
 
     @overload
     def __getitem__(self, index: int) -> Finding: ...
@@ -81,7 +97,8 @@ class Findings(Sequence[Finding]):
     def headline(self) -> str:
         """One line for the whole."""
         if not self._findings:
-            return f"{self.model}: nothing found by {len(self.checked)} rules"
+            count = len(self.checked)
+            return f"{self.model}: nothing found by {count} rule{'s' if count != 1 else ''}"
         counts = [
             f"{count} {level}{'s' if count > 1 else ''}"
             for level in reversed(Level)
@@ -89,10 +106,20 @@ class Findings(Sequence[Finding]):
         ]
         return f"{self.model}: {', '.join(counts)}"
 
+    @property
+    def preface(self) -> list[str]:
+        """What was mended, what was left, and what could not be looked at."""
+        lines = [f"fixed: {line}" for line in self.fixed]
+        lines += [f"left: {line}" for line in self.left]
+        rules_of: dict[str, list[str]] = {}
+        for rule, why in self.skipped.items():
+            if not why.startswith(NEEDS):  # nobody gave it
+                rules_of.setdefault(why, []).append(rule)
+        return lines + [f"not checked: {', '.join(of)}: {why}" for why, of in rules_of.items()]
+
     def _lines(self) -> Iterator[str]:
         yield self.headline
-        for line in self.fixed:
-            yield f"fixed: {line}"
+        yield from self.preface
         for rule, found in self.by_rule().items():
             yield ""
             yield f"{rule} {found[0].level}: {found[0].title}"
@@ -120,6 +147,7 @@ class Findings(Sequence[Finding]):
             "checked": self.checked,
             "skipped": self.skipped,
             "fixed": self.fixed,
+            "left": self.left,
         }  # fmt: skip
         return json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
 

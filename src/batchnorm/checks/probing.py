@@ -3,7 +3,7 @@
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import noop_context_fn
 
 from batchnorm import kernels
 from batchnorm.checks.subject import Layer, Probe, Seen, Subject
-from batchnorm.model.calling import unchanged
+from batchnorm.model.calling import generators_kept, unchanged
 from batchnorm.model.recalibration import Collector, Forward, Moments, Pass, run, size_of
 
 LAYERS = 16  # whose share of the gap is measured, those with the largest standardized gap
@@ -24,9 +24,9 @@ BATCHES = 8
 
 def probe(subject: Subject, loader: Iterable[Any], forward: Forward | None, samples: int) -> Probe:
     """Read a few batches of the loader and look at every layer's input and at the outputs."""
-    model, forward = subject.model, forward or run
+    model, forward = subject.model, _on_a_copy(forward or run)
     found = Probe()
-    with unchanged(model), _generators_kept(loader), torch.no_grad():
+    with unchanged(model), generators_kept(loader), torch.no_grad():
         batches = list(_some(loader, samples))
         if not batches:
             return found
@@ -40,21 +40,13 @@ def probe(subject: Subject, loader: Iterable[Any], forward: Forward | None, samp
     return found
 
 
-@contextmanager
-def _generators_kept(loader: Any) -> Iterator[None]:
-    """A loader may shuffle by a random generator of its own."""
-    batches = getattr(loader, "batch_sampler", None)
-    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    found = {
-        generator: generator.get_state()
-        for holder in holders
-        if isinstance(generator := getattr(holder, "generator", None), torch.Generator)
-    }
-    try:
-        yield
-    finally:
-        for generator, state in found.items():
-            generator.set_state(state)
+def _on_a_copy(forward: Forward) -> Forward:
+    """A model may write into its inputs, and each batch is passed several times."""
+
+    def copied(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+    return lambda model, batch: forward(model, pytree.tree_map(copied, batch))
 
 
 def _some(loader: Iterable[Any], samples: int) -> Iterator[tuple[Any, int]]:
@@ -189,7 +181,11 @@ def _compare(
 
     found.gap = apart(running, fresh)
     found.noise = _noise(collector, batches, forward, layers, outputs, apart)
-    found.accuracy = _accuracies(batches, running, fresh)
+    classes = _classes(batches, running)
+    if classes is not None:
+        found.accuracy = _accuracy(running, classes), _accuracy(fresh, classes)
+        share = float(classes.bincount().max()) / len(classes)
+        found.chance = share + 2 * (share * (1 - share) / len(classes)) ** 0.5
     if found.gap > 0:
         for layer in _most_apart(found.fresh):
             replaced = _with(collector, {layer: found.fresh[layer]}, outputs)
@@ -241,20 +237,28 @@ def _noise(
 
 def standardized_gap(layer: Layer, fresh: Moments) -> float:
     """√mean over channels of ((mean − running mean)² ÷ running var + (ln √(var ÷ running var))²)."""
-    eps = layer.eps
-    running = layer.running_var.double().clamp(min=0) + eps
-    shift = (fresh.mean - layer.running_mean.double()).square() / running
-    ratio = ((fresh.var_unbiased + eps) / running).log() / 2
-    return float((shift + ratio.square()).mean().sqrt())
+    return _apart(
+        layer.eps, layer.running_mean.double(), layer.running_var.double(),
+        fresh.mean, fresh.var_unbiased,
+    )  # fmt: skip
+
+
+def apart(eps: float, ours: Moments, theirs: Moments) -> float:
+    """The standardized gap between the statistics of two kinds of batches, by the first's spread."""
+    return _apart(eps, ours.mean, ours.var_unbiased, theirs.mean, theirs.var_unbiased)
+
+
+def _apart(eps: float, mean: Tensor, var_unbiased: Tensor, other: Tensor, its_var: Tensor) -> float:
+    spread = var_unbiased.clamp(min=0) + eps
+    ratio = ((its_var + eps) / spread).log() / 2  # of the standard deviations
+    return float(((other - mean).square() / spread + ratio.square()).mean().sqrt())
 
 
 def _most_apart(fresh: dict[Layer, Moments]) -> list[Layer]:
     return sorted(fresh, key=lambda layer: -standardized_gap(layer, fresh[layer]))[:LAYERS]
 
 
-def _accuracies(
-    batches: list[tuple[Any, int]], running: Tensor, fresh: Tensor
-) -> tuple[float, float] | None:
+def _classes(batches: list[tuple[Any, int]], scores: Tensor) -> Tensor | None:
     """Where the batches are (images, classes) and the outputs a score a class."""
     labels = [
         batch[1] for batch, _ in batches if isinstance(batch, list | tuple) and len(batch) == 2
@@ -264,8 +268,14 @@ def _accuracies(
         for each in labels
     ):
         return None
-    classes = torch.cat(labels).to(running.device)
-    if len(classes) != len(running) or int(classes.max()) >= running.shape[1]:
+    classes = torch.cat(labels).to(scores.device)
+    if (
+        len(classes) != len(scores)
+        or not 0 <= int(classes.min()) <= int(classes.max()) < scores.shape[1]
+    ):
         return None
-    hits = [float((scores.argmax(1) == classes).double().mean()) for scores in (running, fresh)]
-    return hits[0], hits[1]
+    return classes
+
+
+def _accuracy(scores: Tensor, classes: Tensor) -> float:
+    return float((scores.argmax(1) == classes).double().mean())

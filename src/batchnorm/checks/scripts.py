@@ -9,6 +9,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, TracebackType
 
+import batchnorm
 from batchnorm.checks.watching import Watch, watch
 from batchnorm.errors import BatchNormError
 
@@ -26,8 +27,10 @@ def run(
         raise BatchNormError(
             f"there is no script {script}. For a module: batchnorm watch -m package.module"
         )
+    first = Path.cwd() if module else Path(script).resolve().parent
+    _refuse_our_name(first)
     sys.argv = [script, *arguments]
-    sys.path[0] = os.getcwd() if module else str(Path(script).resolve().parent)  # noqa: PTH109
+    sys.path[:1] = [] if sys.flags.safe_path else [str(first)]
     process = os.getpid()
     with watch(**options) as watching:  # type: ignore[arg-type]  # watch's own
         status = _run(script, module)
@@ -37,6 +40,17 @@ def run(
             if not thread.daemon and thread is not threading.main_thread():
                 thread.join()
     return status, watching
+
+
+def _refuse_our_name(folder: Path) -> None:
+    """A script that imports its own batchnorm.py would get this library in its place."""
+    for own in (folder / "batchnorm.py", folder / "batchnorm" / "__init__.py"):
+        if own.is_file() and not own.samefile(batchnorm.__file__):
+            raise BatchNormError(
+                f"watch got a script beside a {own.relative_to(folder)} of its own, and in this process "
+                "batchnorm is this library: the script would import the wrong one. Rename it, or put "
+                "`with batchnorm.watch()` into a script that does not import it."
+            )
 
 
 def _run(script: str, module: bool) -> int:

@@ -49,6 +49,7 @@ class Probe:
     noise: float | None = None  # the same between two halves of the batches
     shares: dict[Layer, float] = field(default_factory=dict)  # of the gap, removed by this layer's
     accuracy: tuple[float, float] | None = None  # with running and with fresh statistics
+    chance: float = 0.0  # an accuracy that is above what the commonest class gives by chance
     alone: float | None = None  # how far a sample's output moves with the others of its batch
 
 
@@ -57,7 +58,7 @@ class Loading:
     """What a loader tells without being read."""
 
     batch_size: int | None = None
-    last_batch: int | None = None  # None: dropped, or not known
+    least: int | None = None  # samples in the smallest batch; None: not known
 
 
 @dataclass
@@ -67,6 +68,9 @@ class Training:
     steps: int = 0  # of the optimizers that hold one of the model's parameters
     forwards: Counter[tuple[bool, bool]] = field(default_factory=Counter)  # (training, gradients)
     blind_steps: int = 0  # before which there was a pass in training mode without gradients
+    # between two steps: evaluations, and several passes without gradients in training mode alone
+    evaluations: int = 0
+    blind_evaluations: int = 0
     # (its statistics were updated, gradients)
     calls: dict[Layer, Counter[tuple[bool, bool]]] = field(default_factory=dict)
     recomputed: Counter[Layer] = field(default_factory=Counter)
@@ -76,6 +80,9 @@ class Training:
     noticed: int = 0  # steps of any optimizer
     # weights that took no gradient in the last ten of those steps, or in all, and did not move
     fixed: set[Layer] = field(default_factory=set)
+    resting: set[Layer] = field(default_factory=set)  # weights that did not move, gradients or not
+    # how far passes without gradients are from those with, by the standardized gap
+    foreign: dict[Layer, float] = field(default_factory=dict)
     # with statistics of data whatever the counter says: loaded without it, or taken anew
     filled: set[Layer] = field(default_factory=set)
     drift: dict[Layer, float] = field(default_factory=dict)  # see `watching`, of the last looks
@@ -97,6 +104,7 @@ class Subject:
     loading: Loading | None = None
     probe: Probe | None = None
     training: Training | None = None
+    graph: bool = True  # it may be traced, which runs the model's own forward
 
     def __post_init__(self) -> None:
         self.layers: dict[str, Layer] = dict(batch_norms(self.model))
@@ -134,20 +142,23 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def loading_of(loader: Any) -> Loading | None:
-    """Of a DataLoader, or of a list of batches."""
+    """Of a DataLoader, with a batch sampler of torch's or without, or of a list of batches."""
     if isinstance(loader, list | tuple) and loader:
         sizes = [size_of(batch) for batch in loader]
-        return Loading(max(sizes), sizes[-1])
-    batch_size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+        return Loading(max(sizes), min(sizes))
+    batches = getattr(loader, "batch_sampler", None) or loader
+    batch_size, sampler = getattr(batches, "batch_size", None), getattr(batches, "sampler", None)
     if not isinstance(batch_size, int) or sampler is None:
-        return None
+        batch_size = getattr(loader, "batch_size", None)
+        return Loading(batch_size) if isinstance(batch_size, int) else None
     try:
         total = len(sampler)
     except (TypeError, NotImplementedError):  # an iterable data set has no length
         return Loading(batch_size)
     rest = total % batch_size
-    dropped = bool(getattr(loader, "drop_last", False))
-    return Loading(batch_size, None if dropped else rest or min(batch_size, total))
+    if getattr(batches, "drop_last", False) or not rest:
+        return Loading(batch_size, batch_size)
+    return Loading(batch_size, rest)
 
 
 def parameters_of(optimizers: Iterable[Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:

@@ -11,8 +11,9 @@ import gc
 import warnings
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +24,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from batchnorm import kernels
-from batchnorm.checks.checking import Names, _listed, judge, level_of
-from batchnorm.checks.findings import Findings, Level
-from batchnorm.checks.probing import standardized_gap
+from batchnorm.checks.checking import Names, _listed, judge
+from batchnorm.checks.findings import Findings, Level, level_of
+from batchnorm.checks.probing import apart, standardized_gap
 from batchnorm.checks.rules import chosen
 from batchnorm.checks.rules.state import initial
 from batchnorm.checks.subject import Subject, Training
@@ -106,7 +107,7 @@ class Watch:
             for root in trained:
                 if self._writer is not None and root.looked:
                     root.write(self._writer)
-                root.step(self._every)
+                root.step()
         except Exception as error:  # noqa: BLE001  # as above
             self._failure = self._failure or brief(error)
 
@@ -147,12 +148,13 @@ class Watch:
         whole = [root for root in self._roots if not isinstance(root.module, _BatchNorm)]
         if len(whole) >= MODELS:
             self._let_go(min(whole, key=lambda root: root.last))
-        root = _Root(model)
+        root = _Root(model, self._every)
         self._roots.append(root)
         return root
 
     def _let_go(self, root: "_Root") -> None:
-        self._done.append(self._judge(root))
+        # its own forward is not run, as a graph would: the training goes on
+        self._done.append(self._judge(root, graph=False))
         self._roots.remove(root)
         self._roles = {key: NOTHING if root in role else role for key, role in self._roles.items()}
         left = set(self._roots)
@@ -193,9 +195,9 @@ class Watch:
                 told.append(each)
         return told
 
-    def _judge(self, root: "_Root") -> Findings:
+    def _judge(self, root: "_Root", *, graph: bool = True) -> Findings:
         optimizers = [each for each, (_, roots) in self._trained.items() if root in roots]
-        subject = Subject(root.module, optimizers, training=root.training())
+        subject = Subject(root.module, optimizers, training=root.training(), graph=graph)
         skipped = {} if self._failure is None else {"(hook)": self._failure}
         self._asleep = True
         try:
@@ -236,22 +238,49 @@ def _outermost(held: set[int]) -> list[nn.Module]:
     return [m for m in holding if id(m) not in parts]
 
 
+@dataclass
+class _Batch:
+    """The statistics of a batch, or of several."""
+
+    moments: Moments
+    samples: int
+
+    @property
+    def chance(self) -> float:
+        """Of a mean 1 / n of a variance, of a log deviation 1 / 2n; a sample's pixels are one value."""
+        return 1.5 / self.samples
+
+
+def _merged(batches: Iterable[_Batch]) -> _Batch:
+    whole = _Batch(Moments(), 0)
+    for each in batches:
+        one = each.moments
+        whole.moments.merge(one.mean, one.squares / one.count, one.count)
+        whole.samples += each.samples
+    return whole
+
+
 class _Root:
     """One model: what was seen of it."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, every: int) -> None:
         self.module = module
+        self._every = every
         self.entries: list[nn.Module] = []  # the modules in it that the training itself calls
         self.last = 0  # step at which it ran
         self.seen = Training()
         self._required: dict[_BatchNorm, bool] = {}  # in evaluation mode at a step -> a gradient
         self._looks: dict[_BatchNorm, deque[float]] = {}  # gaps², the last ones
+        # the batches' statistics, the last ones: with gradients, without
+        self._batches: dict[tuple[_BatchNorm, bool], deque[_Batch]] = {}
         self._looking = True
-        self._blind = False  # since the last step
+        self._since: Counter[str] = Counter()  # passes since the last step, by kind
+        self._blind_looked: dict[_BatchNorm, int] = {}  # at which step
         self._averaging = False  # in a pass that takes statistics anew
         self._layers: list[Any] = []
         # whose weight takes no gradient -> since which step, and as it was
         self._fixed: dict[Any, tuple[int, Tensor]] = {}
+        self._weights: dict[Any, tuple[int, Tensor]] = {}  # of every layer, as first seen
         self._synced: Counter[Any] = Counter()  # since the last step
         self.grow()
 
@@ -281,7 +310,10 @@ class _Root:
         if self._averaging:
             return
         self.seen.forwards[module.training, gradients] += 1
-        self._blind |= module.training and not gradients
+        if not module.training:
+            self._since["evaluated"] += 1
+        elif not gradients:
+            self._since["blind"] += 1
 
     def _takes_averages(self) -> bool:
         """As torch.optim.swa_utils.update_bn does: no gradients, and every momentum is None."""
@@ -304,7 +336,11 @@ class _Root:
         calls[updates, gradients] += 1
         if layer.training and layer in self._synced:
             self._synced[layer] += 1
-        if not layer.training or not gradients or not isinstance(x, Tensor) or x.dim() < 2:
+        if not layer.training or not isinstance(x, Tensor) or x.dim() < 2:
+            return
+        if not gradients:
+            if updates:
+                self._look_blindly(layer, x)
             return
         values = x.numel() // max(x.shape[1], 1)
         sizes = seen.values.get(layer)
@@ -312,17 +348,38 @@ class _Root:
             sizes = seen.values[layer] = Counter()
         sizes[values] += 1
         if self._looking and values > 1 and x.is_floating_point() and not transformed():
-            self._look(layer, x.detach())
+            self._look(layer, self._batch(layer, x.detach(), gradients=True))
 
-    def _look(self, layer: Any, x: Tensor) -> None:
+    def _look_blindly(self, layer: Any, x: Tensor) -> None:
+        """As often as at the passes with gradients, though these may come at other steps."""
+        last = self._blind_looked.get(layer)
+        due = last is None or self._looking or self.seen.steps - last >= self._every
+        if due and x.is_floating_point() and x.numel() > x.shape[1] and not transformed():
+            self._blind_looked[layer] = self.seen.steps
+            self._batch(layer, x.detach(), gradients=False)
+
+    def _batch(self, layer: Any, x: Tensor, *, gradients: bool) -> "_Batch":
+        moments = Moments()
+        moments.merge(*kernels.moments(x), x.numel() // x.shape[1])
+        batch = _Batch(moments, x.shape[0])
+        self._batches.setdefault((layer, gradients), deque(maxlen=KEPT)).append(batch)
+        return batch
+
+    def _look(self, layer: Any, batch: "_Batch") -> None:
         if not _forgotten(layer) and layer not in self.seen.filled:
             return
-        batch = Moments()
-        batch.merge(*kernels.moments(x), x.numel() // x.shape[1])
-        # of a mean 1 / n of a variance, of a log deviation 1 / 2n; a sample's pixels are one value
-        chance = 1.5 / x.shape[0]
         looks = self._looks.setdefault(layer, deque(maxlen=KEPT))
-        looks.append(standardized_gap(layer, batch) ** 2 - chance)
+        looks.append(standardized_gap(layer, batch.moments) ** 2 - batch.chance)
+
+    def _foreign(self) -> Iterator[tuple[Any, float]]:
+        """How far the passes without gradients are from those with, at the last looks."""
+        for (layer, gradients), blind in self._batches.items():
+            seen = self._batches.get((layer, True))
+            if gradients or not seen:
+                continue
+            ours, theirs = _merged(seen), _merged(blind)
+            chance = ours.chance + theirs.chance
+            yield layer, max(apart(layer.eps, ours.moments, theirs.moments) ** 2 - chance, 0) ** 0.5
 
     def notice(self, step: int) -> None:
         """At steps of whatever is trained: a weight that takes a gradient is not fixed.
@@ -333,16 +390,21 @@ class _Root:
         if step % 7 and step > FIXED:
             return
         for layer in self._layers:
-            if layer.weight is None or layer.weight.requires_grad:
+            if layer.weight is None or is_lazy(layer.weight):
+                continue
+            if layer not in self._weights:
+                self._weights[layer] = self.seen.noticed, layer.weight.detach().clone()
+            if layer.weight.requires_grad:
                 self._fixed.pop(layer, None)
-            elif layer not in self._fixed and not is_lazy(layer.weight):
+            elif layer not in self._fixed:
                 self._fixed[layer] = self.seen.noticed, layer.weight.detach().clone()
 
-    def step(self, every: int) -> None:
+    def step(self) -> None:
         self.seen.steps += 1
-        self.seen.blind_steps += self._blind
-        self._blind = False
-        self._looking = self.seen.steps % every == 0
+        self.seen.blind_steps += self._since["blind"] > 0
+        self._count_evaluation(self.seen)
+        self._since.clear()
+        self._looking = self.seen.steps % self._every == 0
         if most := max(self._synced.values(), default=0):
             for sync, count in self._synced.items():
                 self.seen.synced.setdefault(sync, Counter())[count, most] += 1
@@ -354,6 +416,13 @@ class _Root:
                 self._required[layer] = _requires_grad(layer)
             elif layer in self._required and self._required[layer] == _requires_grad(layer):
                 self.seen.thawed.add(layer)
+
+    def _count_evaluation(self, seen: Training) -> None:
+        """What stood between two steps."""
+        if self._since["evaluated"]:
+            seen.evaluations += 1
+        elif self._since["blind"] > 1:
+            seen.blind_evaluations += 1
 
     @property
     def looked(self) -> bool:
@@ -368,17 +437,27 @@ class _Root:
                 writer.add_scalar(tag, max(self._looks[layer][-1], 0.0) ** 0.5, self.seen.steps)
 
     def training(self) -> Training:
-        self.seen.drift = {
+        """What was seen, with what stands since the last step."""
+        seen = replace(self.seen)
+        self._count_evaluation(seen)
+        seen.drift = {
             layer: max(sum(looks) / len(looks), 0.0) ** 0.5 for layer, looks in self._looks.items()
         }
+        seen.foreign = dict(self._foreign())
         # an average of another model's weights changes without a gradient
-        self.seen.fixed = {
+        seen.fixed = self._unmoved(self._fixed)
+        seen.resting = self._unmoved(self._weights)
+        return seen
+
+    def _unmoved(self, weights: dict[Any, tuple[int, Tensor]]) -> set[Any]:
+        """Whose weight is what it was, for ten steps or for all."""
+        noticed = self.seen.noticed
+        return {
             layer
-            for layer, (since, weight) in self._fixed.items()
-            if (since == 1 < self.seen.noticed or self.seen.noticed - since >= FIXED)
+            for layer, (since, weight) in weights.items()
+            if (since == 1 < noticed or noticed - since >= FIXED)
             and torch.equal(layer.weight, weight)
         }
-        return self.seen
 
 
 def _loaded_without_counter(layer: Any) -> bool:

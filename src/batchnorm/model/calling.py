@@ -2,8 +2,11 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.model.account import log
-
-CONTAINERS = {dict, list, set}  # whose content comes back; _parameters, _buffers, _modules are such
+Restore = Callable[[], object]
+FOLLOWED = 10_000  # the longest container of a loader's: a data set may be a list of a million
 
 
 def feed(model: nn.Module, inputs: Any) -> Any:
@@ -35,15 +37,14 @@ def eagerly() -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Inside, a forward may write into buffers and attributes and draw numbers; all comes back.
+    """Inside, a forward may write wherever it likes and draw numbers; all comes back bit for bit.
 
-    That is every module's attributes, those that hold tensors and plain lists and dictionaries with
-    their content, its mode, its parameters' `.data` and `.grad`, and the random states. What stands
-    in the parameters is not copied, which would cost a model's memory once more: a forward that
-    writes there is told of in the log.
+    That is what the model holds: parameters, buffers, modes, hooks, `.data` and `.grad`, and every
+    module's attributes with what they hold in turn, through containers and through helpers of the
+    packages that the modules come from: tensors, arrays, generators. Values are copied, a model's
+    memory once more: that a forward writes into its weights is known only when it has.
     """
-    kept = [_Kept(module) for module in model.modules()]
-    versions = {p: p._version for p in model.parameters() if not is_lazy(p)}  # noqa: SLF001  # torch's
+    restorers = _restorers(model)
     drawn = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global one, as users have it
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     try:
@@ -53,48 +54,129 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])  # noqa: NPY002
         with torch.no_grad():
-            for each in kept:
-                each.restore()
-        if any(p._version != version for p, version in versions.items()):  # noqa: SLF001
-            log.warning("the model's own forward writes into its parameters: they have changed")
+            for restore in restorers:
+                restore()
 
 
-class _Kept:
-    """One module as it was."""
+@contextmanager
+def generators_kept(loader: object) -> Iterator[None]:
+    """Inside, a loader and its data may draw from random generators of their own; all come back."""
+    kept = [restore for each in _reached(loader, _held) if (restore := _drawing(each))]
+    try:
+        yield
+    finally:
+        for restore in kept:
+            restore()
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        # a scripted module's attributes are not in Python; a lazy one becomes another class
-        self.plain = not isinstance(module, torch.jit.ScriptModule) and not any(map(is_lazy, own))
-        self.attributes = dict(vars(module)) if self.plain else {}
-        self.containers = [
-            (each, each.copy()) for each in self.attributes.values() if type(each) in CONTAINERS
-        ]
-        tensors = [*module.buffers(recurse=False), *self.attributes.values()]
-        self.values = [
-            (each, each.detach().clone())
-            for each in tensors
-            if isinstance(each, Tensor) and not is_lazy(each)
-        ]
-        self.parameters = [
-            (p, p.data, p.grad) for p in module.parameters(recurse=False) if not is_lazy(p)
-        ]
 
-    def restore(self) -> None:
-        if self.plain:
-            here = vars(self.module)
-            for key in here.keys() - self.attributes.keys():
-                del here[key]
-            here.update(self.attributes)
-        for container, content in self.containers:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
-        for tensor, value in self.values:
-            if not torch.equal(tensor, value):
-                tensor.copy_(value)
-        for parameter, data, gradient in self.parameters:
-            if parameter.data_ptr() != data.data_ptr():
-                parameter.data = data
-            if parameter.grad is not gradient:
-                parameter.grad = gradient
+def _reached(root: Any, inside: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
+    """Each object that is held by the root, once."""
+    seen: dict[int, Any] = {}  # holds them, so that no id is given twice
+    waiting = deque([root])
+    while waiting:
+        each = waiting.popleft()
+        if id(each) not in seen:
+            seen[id(each)] = each
+            yield each
+            waiting.extend(inside(each))
+
+
+def _held(holder: Any) -> Iterable[Any]:
+    """Of a loader or a data set: its attributes, and what stands in short containers."""
+    if isinstance(holder, dict | list | tuple):
+        values = holder.values() if isinstance(holder, dict) else holder
+        return list(values) if len(holder) <= FOLLOWED else ()
+    if isinstance(holder, type | ModuleType | FunctionType | Tensor):
+        return ()
+    return list(getattr(holder, "__dict__", {}).values())
+
+
+def _restorers(model: nn.Module) -> list[Restore]:
+    # a trainer's helpers, or torch's, hold more than the model: data, other models
+    packages = {_package(module) for module in model.modules()} - {"torch"}
+
+    def inside(holder: Any) -> Iterable[Any]:
+        if isinstance(holder, dict):
+            return list(holder.values())
+        if isinstance(holder, list | tuple | set | frozenset | deque):
+            return list(holder)
+        if isinstance(holder, torch.jit.ScriptModule):  # its attributes are not in Python
+            return [*holder.parameters(), *holder.buffers()]
+        if isinstance(holder, nn.Module):
+            return () if _lazy(holder) else (vars(holder),)
+        if isinstance(holder, type | ModuleType | FunctionType | Tensor):
+            return ()
+        return (
+            (vars(holder),) if hasattr(holder, "__dict__") and _package(holder) in packages else ()
+        )
+
+    return [restore for each in _reached(model, inside) if (restore := _restorer(each))]
+
+
+def _package(holder: Any) -> str:
+    return str(type(holder).__module__).partition(".")[0]
+
+
+def _lazy(module: nn.Module) -> bool:
+    """It becomes another class when it learns its size, and that is not taken back."""
+    own = (*module._parameters.values(), *module._buffers.values())  # noqa: SLF001  # torch's
+    return any(is_lazy(tensor) for tensor in own if tensor is not None)
+
+
+def _restorer(each: Any) -> Restore | None:
+    """What gives one object its content back."""
+    if isinstance(each, Tensor):
+        if is_lazy(each) or each.is_meta or each.layout is not torch.strided:
+            return None
+        gradient = each.grad if each.is_leaf else None
+        return partial(_give_back, each, each.data, gradient, each.detach().clone())
+    if isinstance(each, np.ndarray):
+        return partial(np.copyto, each, each.copy())
+    if isinstance(each, dict):
+        return partial(_refill_dict, each, dict(each))
+    if isinstance(each, list | deque | set):
+        return partial(_refill, each, list(each))
+    return _drawing(each)
+
+
+def _give_back(tensor: Tensor, data: Tensor, gradient: Tensor | None, value: Tensor) -> None:
+    if tensor.data_ptr() != data.data_ptr():
+        tensor.data = data
+    if tensor.is_leaf and tensor.grad is not gradient:
+        tensor.grad = gradient
+    if not torch.equal(tensor, value):
+        tensor.copy_(value)
+
+
+def _refill_dict(container: dict[Any, Any], content: dict[Any, Any]) -> None:
+    for key in [key for key in container if key not in content]:
+        del container[key]
+    for key, value in content.items():
+        if key not in container or container[key] is not value:
+            container[key] = value  # not update(), by which a Counter adds
+    if list(container) != list(content):
+        for key in content:
+            container[key] = container.pop(key)
+
+
+def _refill(container: Any, content: list[Any]) -> None:
+    now = list(container)
+    if len(now) == len(content) and all(a is b for a, b in zip(now, content, strict=True)):
+        return
+    container.clear()
+    container.update(content) if isinstance(container, set) else container.extend(content)
+
+
+def _drawing(each: Any) -> Restore | None:
+    """What gives a random generator its state back."""
+    match each:
+        case torch.Generator():
+            return partial(each.set_state, each.get_state())
+        case random.Random():
+            return partial(each.setstate, each.getstate())
+        case np.random.Generator():
+            drawing = each.bit_generator
+            return partial(setattr, drawing, "state", drawing.state)
+        case np.random.RandomState():
+            return partial(each.set_state, each.get_state())
+    return None

@@ -43,6 +43,7 @@ class Traced:
     calls: dict[nn.Module, list[Call]] = field(default_factory=lambda: defaultdict(list))
     untraced: dict[str, str] = field(default_factory=dict)  # a module's name, and why
     opened: set[nn.Module] = field(default_factory=set)  # whose tensors are read from outside
+    whole: bool = False  # the model itself was traced, and not only its parts
 
 
 class _Tracer(fx.Tracer):
@@ -71,13 +72,20 @@ class _Tracer(fx.Tracer):
         )
 
 
-def trace(model: nn.Module) -> Traced:
-    """Trace the model, or, where its control flow forbids, each of its parts by itself."""
+def trace(model: nn.Module, mode: bool | None = None) -> Traced:
+    """Trace the model, or, where its control flow forbids, each of its parts by itself.
+
+    In training or evaluation mode, or by default in that of each module.
+    """
     traced = Traced()
     constants = set(constant_norms(model).values())
     with unchanged(model):  # a forward that keeps what it computes would keep a proxy
+        if mode is not None:
+            for module in model.modules():
+                module.training = mode  # not by train(), which models overwrite
         graphs = list(_graphs(model, "", constants, traced, set()))
     for name, part, graph in graphs:
+        traced.whole |= part is model
         _read(name, part, graph, traced)
     return traced
 

@@ -23,6 +23,7 @@ class Checkpoint:
         self.content = self._read()
         self.state = _state_dict(self.content, path)
         self._prefix = ""
+        self._fitting: set[str] = set()  # the keys of the model that it was loaded into
 
     def _read(self) -> Any:
         if not self.path.is_file():
@@ -56,6 +57,7 @@ class Checkpoint:
         stripped = {key.removeprefix(self._prefix): value for key, value in self.state.items()}
         if hasattr(self.state, "_metadata") and not self._prefix:
             stripped = self.state  # which knows old versions of the layers
+        self._fitting = wanted
         try:
             model.load_state_dict(stripped)
         except RuntimeError as error:
@@ -68,6 +70,12 @@ class Checkpoint:
     def write(self, path: Path, model: nn.Module) -> None:
         """The same file with the model's values; what the model does not hold stays as it was."""
         values = model.state_dict()
+        if gone := sorted(self._fitting - set(values)):
+            raise BatchNormError(
+                f"the model has lost {', '.join(gone)} since {self.path} was loaded into it, and a "
+                "checkpoint of the rest does not fit the function that builds it. Save "
+                "model.state_dict() by yourself, and build the model without them."
+            )
         for key in self.state:
             own = values.get(key.removeprefix(self._prefix))
             if isinstance(own, Tensor):

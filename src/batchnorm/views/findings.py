@@ -16,14 +16,11 @@ def show(found: Findings, *, stderr: bool = False, whole: bool = False) -> None:
     console = rich.console.Console(stderr=stderr, highlight=False, soft_wrap=True)
     worst = COLOURS[found.worst] if found.worst is not None else "green"
     console.print(Text(found.headline, style=worst))
-    for line in found.fixed:
-        console.print(f"fixed: {line}", markup=False)
+    for line in found.preface:
+        console.print(line, markup=False)
     for rule, each in found.by_rule().items():
         console.print()
         _rule(console, rule, each, whole)
-    for rule, why in found.skipped.items():
-        if why.startswith(("could not", "a batch")):
-            console.print(f"{rule} was not checked: {why}", markup=False, style="dim")
     if found:
         console.print()
         rules = " ".join(found.by_rule())

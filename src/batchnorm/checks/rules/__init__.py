@@ -32,7 +32,11 @@ class Evidence:
 
 
 Find = Callable[[Subject], Iterator[Evidence]]
-Mend = Callable[[Subject, str], str | None]  # the layer's name -> what was done, if anything
+Mend = Callable[[Subject, str], str]  # the layer's name -> what was done; raises Left
+
+
+class Left(Exception):  # noqa: N818  # no error
+    """What a mend cannot do safely it leaves, and this says why."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,12 @@ class Rule:
     identifier: str
     title: str  # a sentence
     level: Level
-    needs: tuple[str, ...]  # of loader, optimizer, training: without them it is skipped
+    needs: tuple[str, ...]  # of loader, optimizer, training, graph: without them it is skipped
     remedy: str  # code
     find: Find
-    mend: Mend | None = None  # changes the model, the optimizer, or what the loader feeds
+    mend: Mend | None = None  # changes the model or the optimizer
+    saved: bool = False  # what it mends stands in a state dict
+    recalibrated: bool = False  # new statistics of the layers that were found mend it
 
     @property
     def explanation(self) -> str:
@@ -65,6 +71,8 @@ def rule(
     needs: tuple[str, ...] = (),
     remedy: str,
     mend: Mend | None = None,
+    saved: bool = False,
+    recalibrated: bool = False,
 ) -> Callable[[Find], Find]:
     """Register a rule; the function below it finds."""
 
@@ -74,7 +82,9 @@ def rule(
                 f"the rule {identifier} is there already: {_RULES[identifier].title} "
                 "Give the new one another identifier."
             )
-        _RULES[identifier] = Rule(identifier, title, level, needs, cleandoc(remedy), find, mend)
+        _RULES[identifier] = Rule(
+            identifier, title, level, needs, cleandoc(remedy), find, mend, saved, recalibrated
+        )
         return find
 
     return register

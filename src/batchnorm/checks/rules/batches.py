@@ -15,8 +15,8 @@ FEW = 16
 def _perhaps_one_value(subject: Subject) -> Iterator[Evidence]:
     for name, layer in subject.layers.items():
         if isinstance(layer, nn.BatchNorm1d) and layer.training:
-            text = "the loader's last batch has 1 sample; on (N, C) inputs that is 1 value"
-            yield Evidence(name, text, {"last_batch": 1}, Level.WARNING)
+            text = "the loader has a batch of 1 sample; on (N, C) inputs that is 1 value"
+            yield Evidence(name, text, {"least": 1}, Level.WARNING)
 
 
 def _by_batch(subject: Subject) -> Iterator[tuple[str, Layer, list[Seen]]]:
@@ -39,8 +39,8 @@ def _by_batch(subject: Subject) -> Iterator[tuple[str, Layer, list[Seen]]]:
 def one_value(subject: Subject) -> Iterator[Evidence]:
     """A batch of one sample and no pixels beside it: one value has no variance, and torch raises.
 
-    Either the loader's last batch holds a single sample (the number of samples modulo the batch size
-    is 1, and it is not dropped), or a layer behind a pooling to 1×1 gets batches of one. A model in
+    Either a batch of the loader holds a single sample (the last one, where the number of samples modulo
+    the batch size is 1 and it is not dropped), or a layer behind a pooling to 1×1 gets batches of one. A model in
     evaluation mode is not asked: its loader need not be that of its training.
     """
     loading, probe, seen = subject.loading, subject.probe, subject.training
@@ -53,10 +53,10 @@ def one_value(subject: Subject) -> Iterator[Evidence]:
             yield Evidence(
                 name, f"an input of shape {least.shape}: 1 value per channel", {"values": 1}
             )
-        elif each == 1 and loading is not None and loading.last_batch == 1:
-            text = "the loader's last batch has 1 sample, and this layer 1 value of each sample"
-            yield Evidence(name, text, {"last_batch": 1})
-    if probe is None and loading is not None and loading.last_batch == 1:
+        elif each == 1 and loading is not None and loading.least == 1:
+            text = "the loader has a batch of 1 sample, and this layer 1 value of each sample"
+            yield Evidence(name, text, {"least": 1})
+    if probe is None and loading is not None and loading.least == 1:
         yield from _perhaps_one_value(subject)
     if seen is not None:
         for layer, sizes in seen.values.items():
@@ -167,7 +167,7 @@ def padding(subject: Subject) -> Iterator[Evidence]:
 @rule(
     "BN019",
     "Features on the last axis go into a norm over axis 1.",
-    needs=("loader",),
+    needs=("loader", "graph"),
     remedy="y = norm(x.transpose(1, 2)).transpose(1, 2)  # (N, L, C) -> (N, C, L) and back",
 )
 def wrong_axis(subject: Subject) -> Iterator[Evidence]:

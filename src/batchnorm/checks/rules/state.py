@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.checks.findings import Level
-from batchnorm.checks.rules import Evidence, rule
+from batchnorm.checks.rules import Evidence, Left, rule
 from batchnorm.checks.subject import Layer, Subject, Training
 from batchnorm.model.freezing import Frozen
 
@@ -45,6 +45,8 @@ def _reset_broken(subject: Subject, name: str) -> str:
     batchnorm.recalibrate(model, loader)
     """,
     mend=_reset_broken,
+    saved=True,
+    recalibrated=True,
 )
 def broken_statistics(subject: Subject) -> Iterator[Evidence]:
     """A running mean or variance that is NaN or infinite, or a variance below 0.
@@ -79,6 +81,7 @@ def untrained(layer: Layer) -> bool:
     model.load_state_dict(torch.load("weights.pt", weights_only=True))  # with the buffers, or
     batchnorm.recalibrate(model, loader)
     """,
+    recalibrated=True,
 )
 def never_trained(subject: Subject) -> Iterator[Evidence]:
     """The counter is 0, the running mean 0 and the running variance 1 in every channel.
@@ -114,11 +117,11 @@ def no_running_statistics(subject: Subject) -> Iterator[Evidence]:
             yield Evidence(name, "track_running_stats=False")
 
 
-def _one_minus(subject: Subject, name: str) -> str | None:
+def _one_minus(subject: Subject, name: str) -> str:
     layer = subject.layers[name]
     old = layer.momentum
     if old == 1:
-        return None  # may be meant
+        raise Left("momentum 1 may be meant")
     # 0.99 was Keras's; of what is no share, or a half, torch's default
     layer.momentum = round(1 - old, 12) if 0.5 < old < 1 else 0.1
     return f"{name}: momentum {old} is now {layer.momentum}"
@@ -165,8 +168,16 @@ def odd_eps(subject: Subject) -> Iterator[Evidence]:
 
 
 def _to_float(subject: Subject, name: str) -> str:
-    subject.layers[name].float()  # torch takes half-precision inputs with it; Parameters stay
-    return f"{name}: statistics, weight and bias are float32 now"
+    layer = subject.layers[name].float()  # torch takes half-precision inputs; Parameters stay
+    for optimizer in subject.optimizers:
+        for own in layer.parameters():
+            state = optimizer.state.get(own, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == own.shape:
+                    state[key] = value.to(own.dtype)  # of one dtype with it, or its step raises
+    return (
+        f"{name}: statistics, weight and bias are float32 now, and what its optimizer keeps of them"
+    )
 
 
 @rule(
@@ -258,7 +269,10 @@ def training_while_evaluated(subject: Subject) -> Iterator[Evidence]:
     Every forward pass then normalizes by its batch and moves the running statistics: results depend
     on the order and size of the batches, and test data leaks into the model. Seen in a training by
     passes without gradients in training mode where fewer than a tenth as many were in evaluation
-    mode. Passes that take the statistics anew, as torch's `update_bn` does, do not count.
+    mode, or where several such passes stood between two steps, with no evaluation beside them, more
+    often than an evaluation did: one test at the end does not make ten validations right. Single
+    passes now and then (a GAN's sample images) and those that take the statistics anew, by torch's
+    `update_bn` or by hand before an evaluation, do not count.
     """
     if not subject.model.training:
         for name, layer in subject.layers.items():
@@ -280,7 +294,9 @@ def evaluated_in_training_mode(seen: Training) -> bool:
     # where no call was seen the model is compiled
     moved = not seen.calls or any(calls[True, False] for calls in seen.calls.values())
     now_and_then = seen.blind_steps < seen.steps / 2
-    return blind > 1 and _evaluated(seen) < blind / 10 and moved and now_and_then
+    never = _evaluated(seen) < blind / 10 and seen.blind_evaluations > 0
+    mostly = seen.blind_evaluations > seen.evaluations
+    return moved and now_and_then and (never or mostly)
 
 
 def _evaluated(seen: Training) -> int:
@@ -319,7 +335,9 @@ def frozen_by_requires_grad_alone(subject: Subject) -> Iterator[Evidence]:
             calls = seen.calls.get(layer, Counter())
             updated = calls[True, True] + calls[True, False]
             still = still and layer in seen.fixed and updated > 0
-        if still and layer.training and layer.track_running_stats:
+        # a training may end with an evaluation: its calls tell, where calls were seen
+        moving = layer.training or (seen is not None and not isinstance(layer, Frozen))
+        if still and moving and layer.track_running_stats:
             yield Evidence(name, "requires_grad=False, training=True: the statistics are updated")
 
 

@@ -1,5 +1,6 @@
 """Rules about running statistics that do not fit the data."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,7 +11,7 @@ from batchnorm.checks.findings import Level
 from batchnorm.checks.probing import standardized_gap
 from batchnorm.checks.rules import Evidence, rule
 from batchnorm.checks.rules.state import initial, untrained
-from batchnorm.checks.subject import Layer, Subject
+from batchnorm.checks.subject import Layer, Subject, Training
 
 GAP = 0.25  # of the outputs' standard deviation
 DRIFT = 0.75  # √mean(shift² + (ln ratio)²) of a layer
@@ -30,6 +31,7 @@ def stale(subject: Subject) -> float | None:
     "BN001",
     "The running statistics are not those of the data.",
     remedy="batchnorm.recalibrate(model, loader)  # training data, no labels",
+    recalibrated=True,
 )
 def stale_statistics(subject: Subject) -> Iterator[Evidence]:
     """The outputs move when the running statistics are replaced by those of the loader's data.
@@ -41,20 +43,22 @@ def stale_statistics(subject: Subject) -> Iterator[Evidence]:
     which replacing their statistics alone removes; what is told of each is its standardized gap,
     √mean((μ − μ_running)² ÷ σ²_running + (ln σ ÷ σ_running)²). Behind it stand weights that moved
     since, other data than in training, a momentum, or a bug. Where the loader gives labels and the
-    running statistics classify at least as well, as in a network that was trained with frozen ones,
-    it is a note; so it is in a new model in training mode, which is about to be trained.
+    running statistics classify at least as well, and better than chance (the commonest class's
+    share and twice its standard error), as in a network that was trained with frozen ones, it is a
+    note; so it is in a new model in training mode, which is about to be trained.
 
     In a training, where there are no two evaluations to compare, a layer is reported whose running
     statistics are more than 0.75 (the same standardized gap, without what chance does to a batch of
     that size) from the batches that were looked at last: the weights move faster than the average
-    follows. The note's LeNet at its constant rate was seen at 0.2, a GAN's discriminator, which is
-    fed two kinds of images in turn, at 0.5.
+    follows. The note's LeNet at its constant rate was seen at 0.2. Where several passes go to one
+    step and the running statistics are never used, as in a GAN's discriminator, which is fed two
+    kinds of images in turn (seen at 1.0), it is a note.
     """
     yield from _drifting(subject)
     probe, floor = subject.probe, stale(subject)
     if probe is None or floor is None:
         return
-    right = probe.accuracy is not None and probe.accuracy[0] >= probe.accuracy[1]
+    right = probe.accuracy is not None and probe.accuracy[0] >= max(probe.accuracy[1], probe.chance)
     new = subject.model.training and any(untrained(layer) for _, layer in subject.tracking())
     level = Level.NOTE if right or new else None
     scores = ""
@@ -82,7 +86,15 @@ def _drifting(subject: Subject) -> Iterator[Evidence]:
         apart = seen.drift.get(layer, 0.0)
         if apart > DRIFT and not subject.frozen(layer):
             text = f"{apart:.2f} from the batches of the last looks (reported from {DRIFT})"
-            yield Evidence(name, text, {"gap": apart})
+            level = Level.NOTE if _fed_in_turn(seen, layer) else None
+            yield Evidence(name, text, {"gap": apart}, level)
+
+
+def _fed_in_turn(seen: Training, layer: Layer) -> bool:
+    """Several passes a step, and no use of the running statistics: as a GAN's discriminator."""
+    calls = seen.calls.get(layer, Counter())
+    used = calls[False, False] + calls[False, True]
+    return not used and calls[True, True] > 1.5 * seen.steps
 
 
 def initial_share(layer: Layer) -> float | None:
@@ -97,6 +109,7 @@ def initial_share(layer: Layer) -> float | None:
     "BN012",
     "Too few batches: the initial mean 0 and variance 1 are still in the running statistics.",
     remedy="batchnorm.recalibrate(model, loader)  # or train on before evaluating",
+    recalibrated=True,
 )
 def too_few_updates(subject: Subject) -> Iterator[Evidence]:
     """(1 − momentum)^t, the share of the initial values after t batches, is above 0.05.
@@ -130,6 +143,7 @@ def too_few_updates(subject: Subject) -> Iterator[Evidence]:
     batchnorm.recalibrate(averaged, loader)  # after the last update_parameters; or, for an EMA,
     averaged = AveragedModel(model, use_buffers=True)  # averages the statistics, too
     """,
+    recalibrated=True,
 )
 def averaged_without_statistics(subject: Subject) -> Iterator[Evidence]:
     """An `AveragedModel` averages parameters and, by default, copies the buffers of the last model.

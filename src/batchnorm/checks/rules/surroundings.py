@@ -107,6 +107,7 @@ def lonely_sync(subject: Subject) -> Iterator[Evidence]:
     "BN030",
     "It cannot be folded into a neighbour.",
     Level.NOTE,
+    needs=("graph",),
     remedy="print(batchnorm.changes(batchnorm.fold(model.eval(), inputs)))  # why, layer by layer",
 )
 def unfoldable(subject: Subject) -> Iterator[Evidence]:

@@ -1,21 +1,24 @@
 """Rules about how a model is trained: the graph around its norms, the optimizer, the steps."""
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.optim.lr_scheduler import LRScheduler
 
 from batchnorm.checks.findings import Level
-from batchnorm.checks.rules import Evidence, rule
+from batchnorm.checks.rules import Evidence, Left, rule
 from batchnorm.checks.rules.state import evaluated_in_training_mode
 from batchnorm.checks.subject import Layer, Subject, parameters_of
-from batchnorm.model.tracing import Call
+from batchnorm.model.tracing import Call, Traced, trace
 
 ACTIVATIONS = (
     nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
     nn.Sigmoid, nn.Tanh, nn.Softplus, nn.PReLU,
 )  # fmt: skip
+FOREIGN = 0.5  # of a standard deviation
 FUNCTIONS = {"relu", "relu_", "leaky_relu", "gelu", "silu", "sigmoid", "tanh", "hardswish", "elu"}
 
 
@@ -31,12 +34,15 @@ FUNCTIONS = {"relu", "relu_", "leaky_relu", "gelu", "silu", "sigmoid", "tanh", "
 def moved_without_gradients(subject: Subject) -> Iterator[Evidence]:
     """A pass under `torch.no_grad()` in training mode updates the running statistics as any other.
 
-    A validation loss, a teacher, a generator's samples for the discriminator's step: the average then
-    holds data that was never trained on. Where those passes are of the same kind as the others (a
-    generator fed with noise), nothing is lost: a note, unless they are more than the others.
+    Harmful where those passes are of another kind than the others: the average then holds data that
+    was never trained on. Reported where they are more than the passes with gradients and their
+    inputs are, at the last looks, more than 0.5 from those (the standardized gap of BN001, without
+    what chance does); and where there are none with gradients and the weights never moved, as in a
+    teacher that should have been in evaluation mode. A generator fed with noise and an encoder that
+    follows another by a moving average are healthy: a note.
     """
     seen = subject.training
-    if seen is None or not seen.steps:
+    if seen is None or not seen.noticed:
         return
     if evaluated_in_training_mode(seen):
         return  # BN002 says it
@@ -44,19 +50,27 @@ def moved_without_gradients(subject: Subject) -> Iterator[Evidence]:
         # a reentrant checkpoint runs its part without gradients first, and again in backward
         without = calls[True, False] - seen.recomputed[layer]
         with_gradients = calls[True, True]
-        if without > 0 and layer in subject.names:
-            level = Level.NOTE if without <= with_gradients else None
-            text = f"{without} calls in training mode without gradients, {with_gradients} with"
-            yield Evidence(
-                subject.names[layer], text, {"without": without, "with": with_gradients}, level
-            )
+        if without <= 0 or layer not in subject.names:
+            continue
+        apart = seen.foreign.get(layer, 0.0)
+        if with_gradients:
+            harmful = without > with_gradients and apart > FOREIGN
+        else:
+            harmful = layer in seen.resting and layer not in seen.fixed  # of which BN003 tells
+        text = f"{without} calls in training mode without gradients, {with_gradients} with"
+        if apart:
+            text += f", {apart:.2f} apart (reported from {FOREIGN})"
+        numbers = {"without": without, "with": with_gradients, "apart": apart}
+        yield Evidence(subject.names[layer], text, numbers, None if harmful else Level.NOTE)
 
 
-def _drop_bias(subject: Subject, name: str) -> str | None:
-    before = _dead_bias_of(subject, subject.layers[name])
-    if before is None:
-        return None
+def _drop_bias(subject: Subject, name: str) -> str:
     layer = subject.layers[name]
+    before = _dead_bias_of(subject, subject.traced, layer)
+    if before is None:
+        raise Left("something else was changed that it hung on")
+    if not _feeds_it_alone_in_both_modes(subject, layer):
+        raise Left("that nothing else uses the bias cannot be seen from the graph in both modes")
     bias = before.bias
     # running_mean is the mean of what comes in: without the bias it is smaller by it
     if layer.running_mean is not None:
@@ -64,14 +78,39 @@ def _drop_bias(subject: Subject, name: str) -> str | None:
     before.register_parameter("bias", None)
     for optimizer in subject.optimizers:
         for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p is not bias]
+            _taken(group, {id(bias)})
         optimizer.state.pop(bias, None)
-    return f"{name}: the bias before it is gone, and out of its running mean"
+    gone = next(n for n, module in subject.model.named_modules() if module is before)
+    return (
+        f"{name}: the bias before it is gone, and out of its running mean; checkpoints made before "
+        f"hold {f'{gone}.' if gone else ''}bias, which the model has no more"
+    )
 
 
-def _dead_bias_of(subject: Subject, layer: Layer) -> Any:
+def _feeds_it_alone_in_both_modes(subject: Subject, layer: Layer) -> bool:
+    """Nothing else sees the convolution's output or its bias: an auxiliary head may, in training."""
+    for mode in (False, True):
+        traced = trace(subject.model, mode)
+        source = _dead_bias_of(subject, traced, layer)
+        if source is None or not traced.whole or source._forward_hooks:  # noqa: SLF001  # torch's
+            return False
+    return True
+
+
+def _taken(group: dict[str, Any], ids: set[int]) -> list[tuple[Any, str | None]]:
+    """Out of an optimizer's group, with the names where it was made of named parameters."""
+    names = group.get("param_names") or [None] * len(group["params"])
+    pairs = list(zip(group["params"], names, strict=True))
+    left = [(p, name) for p, name in pairs if id(p) not in ids]
+    group["params"] = [p for p, _ in left]
+    if "param_names" in group:
+        group["param_names"] = [name for _, name in left]
+    return [(p, name) for p, name in pairs if id(p) in ids]
+
+
+def _dead_bias_of(subject: Subject, traced: Traced, layer: Layer) -> Any:
     """The convolution or linear layer right before it, if it has a bias and feeds it alone."""
-    calls = subject.traced.calls.get(layer, [])
+    calls = traced.calls.get(layer, [])
     sources = {call.source.module for call in calls if call.source is not None}
     if len(calls) != 1 or len(sources) != 1 or subject.frozen(layer):
         return None
@@ -82,7 +121,7 @@ def _dead_bias_of(subject: Subject, layer: Layer) -> Any:
         return None  # its features are the last axis, the norm's channels axis 1
     if isinstance(source, nn.Linear) and not subject.calls(layer):
         return None
-    alone = len(subject.traced.calls[source]) == 1 and source not in subject.traced.opened
+    alone = len(traced.calls[source]) == 1 and source not in traced.opened
     names = subject.model.named_parameters(remove_duplicate=False)
     alone = alone and sum(p is source.bias for _, p in names) == 1
     channels = getattr(source, "out_channels", getattr(source, "out_features", None))
@@ -93,6 +132,7 @@ def _dead_bias_of(subject: Subject, layer: Layer) -> Any:
     "BN014",
     "A bias that the norm behind it takes away again.",
     Level.NOTE,
+    needs=("graph",),
     remedy="torch.nn.Conv2d(channels_in, channels_out, 3, bias=False)",
     mend=_drop_bias,
 )
@@ -103,7 +143,7 @@ def dead_bias(subject: Subject) -> Iterator[Evidence]:
     has a bias of its own. It costs memory and a little time. VGG-BN has them: a note.
     """
     for name, layer in subject.layers.items():
-        source = _dead_bias_of(subject, layer)
+        source = _dead_bias_of(subject, subject.traced, layer)
         if source is not None:
             yield Evidence(name, f"a {type(source).__name__} with a bias before it")
 
@@ -174,12 +214,42 @@ def _no_decay(subject: Subject, name: str) -> str:
     own = {id(p) for p in (layer.weight, layer.bias) if p is not None}
     for optimizer in subject.optimizers:
         for group in list(optimizer.param_groups):
-            mine = [p for p in group["params"] if id(p) in own]
-            if mine and group.get("weight_decay"):
-                group["params"] = [p for p in group["params"] if id(p) not in own]
-                options = {key: value for key, value in group.items() if key != "params"}
-                optimizer.param_groups.append({**options, "params": mine, "weight_decay": 0.0})
+            if not group.get("weight_decay") or not any(id(p) in own for p in group["params"]):
+                continue
+            if _scheduled(optimizer):
+                raise Left(
+                    "a scheduler has a rate for each group, and a new one would have none: build "
+                    "the optimizer of batchnorm.param_groups, then the scheduler"
+                )
+            rest = _without_decay(optimizer, group)
+            for parameter, its_name in _taken(group, own):
+                rest["params"].append(parameter)
+                if its_name is not None:
+                    rest["param_names"].append(its_name)
     return f"{name}: weight and bias do not decay any more"
+
+
+def _without_decay(optimizer: Any, group: dict[str, Any]) -> dict[str, Any]:
+    """The group of the same options but for decay, which is made where there is none yet."""
+    lists = ("params", "param_names")
+    options = {key: value for key, value in group.items() if key not in lists}
+    options["weight_decay"] = 0.0
+    for other in optimizer.param_groups:
+        if {key: value for key, value in other.items() if key not in lists} == options:
+            found: dict[str, Any] = other
+            return found
+    made = options | {key: [] for key in lists if key in group}
+    optimizer.param_groups.append(made)
+    return made
+
+
+def _scheduled(optimizer: Any) -> bool:
+    """A scheduler holds it; those that are not torch's leave the rate that they began with."""
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        return True
+    # type(), since isinstance asks the object, which may be a proxy
+    schedulers = (o for o in gc.get_objects() if issubclass(type(o), LRScheduler))
+    return any(each.optimizer is optimizer for each in schedulers)
 
 
 @rule(
@@ -241,6 +311,7 @@ def not_in_the_optimizer(subject: Subject) -> Iterator[Evidence]:
     "BN024",
     "Dropout feeds a norm.",
     Level.NOTE,
+    needs=("graph",),
     remedy="x = dropout(relu(norm(conv(x))))  # dropout behind the last norm",
 )
 def dropout_before(subject: Subject) -> Iterator[Evidence]:
@@ -283,6 +354,7 @@ def _before(call: Call) -> str:
     "BN034",
     "An activation before the norm.",
     Level.NOTE,
+    needs=("graph",),
     remedy="x = relu(norm(conv(x)))  # the paper's order",
 )
 def activation_before(subject: Subject) -> Iterator[Evidence]:
