@@ -118,7 +118,7 @@ def step(batch_norm: BatchNorm, inputs: Inputs) -> Results:
 
 def exactly(inputs: Inputs) -> tuple[dict[str, Array], dict[str, float]]:
     """The results by the definition, and the condition Σ|terms| ÷ largest |Σ terms| of each."""
-    wide = np.longdouble if inputs.x.dtype is torch.float64 else np.float64
+    wide: type[np.floating[Any]] = np.longdouble if inputs.x.dtype is torch.float64 else np.float64
     x, dy, weight, bias = (
         v.double().numpy().astype(wide) for v in (inputs.x, inputs.dy, inputs.weight, inputs.bias)
     )
@@ -133,8 +133,8 @@ def exactly(inputs: Inputs) -> tuple[dict[str, Array], dict[str, float]]:
     x_hat = centred * invstd
     dweight, dbias = (terms.sum(axes, keepdims=True) for terms in (dy * x_hat, dy))
     dx = weight_ * invstd * (dy - dbias / count - x_hat * dweight / count)
-    share = wide(MOMENTUM)
-    running_mean = share * mean
+    share: Any = wide(MOMENTUM)
+    running_mean: Array = share * mean
     running_var = (1 - share) + share * var_biased * count / (count - 1)
     found = (weight_ * x_hat + bias_, dx, dweight, dbias, running_mean, running_var)
     exact = dict(zip(QUANTITIES, found, strict=True))
@@ -209,9 +209,12 @@ def page(rows: list[Row], shape: tuple[int, int, int, int]) -> str:
     shapes = f"{N}×{C}×{H}×{W}, in 2-D {N * H * W}×{C}"
     return "\n".join([
         HEAD.format(shapes=shapes),
-        f"{where['processor']}, {where['backend']}, torch {where['torch']}, "
-        f"{torch.get_num_threads()} threads. In a cell: torch → ours. Of bfloat16 and float16 the "
-        "means are left out that they cannot hold, or beside which they cannot tell 0 from 1.\n",
+        (
+            f"{where['processor']}, {where['backend']}, torch {where['torch']}, "
+            f"{torch.get_num_threads()} threads. In a cell: torch → ours. Of bfloat16 and float16 "
+            "the means are left out that they cannot hold, or beside which they cannot tell 0 from "
+            "1.\n"
+        ),
         table(rows),
         "",
     ])  # fmt: skip

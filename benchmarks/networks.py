@@ -88,7 +88,14 @@ class Row:
         ]  # fmt: skip
 
 
-HEADER = ["network", "", "layout", "torch.nn ms", *(f"torch.nn ÷ {arm}" for arm in ARMS[1:]), "target"]
+HEADER = [
+    "network",
+    "",
+    "layout",
+    "torch.nn ms",
+    *(f"torch.nn ÷ {arm}" for arm in ARMS[1:]),
+    "target",
+]
 
 
 def arms_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -107,10 +114,8 @@ def steps(workload: Workload, layout: str) -> dict[str, Callable[[], float]]:
     images = torch.randn(workload.batch, 3, workload.size, workload.size)
     images = images.contiguous(memory_format=form)
     labels = torch.randint(CLASSES, (workload.batch,))
-    model = workload.build().to(memory_format=form)  # type: ignore[call-overload]  # torch's stub
-    return {
-        name: _step(arm.train(), images, labels) for name, arm in arms_of(model).items()
-    }
+    model = workload.build().to(memory_format=form)
+    return {name: _step(arm.train(), images, labels) for name, arm in arms_of(model).items()}
 
 
 def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], float]:
@@ -137,7 +142,9 @@ def epochs(train_images: int) -> dict[str, Callable[[], float]]:
     return {name: one(arm) for name, arm in arms_of(model).items()}
 
 
-def measure(ways: dict[str, Callable[[], float]], rounds: int, calls: int) -> dict[str, list[float]]:
+def measure(
+    ways: dict[str, Callable[[], float]], rounds: int, calls: int
+) -> dict[str, list[float]]:
     """In turn, every round beginning with another; a number is the median of `calls`."""
     for way in ways.values():
         way()

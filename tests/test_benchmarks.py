@@ -50,26 +50,26 @@ def test_the_resident_set_rises_by_what_is_touched(memory):
     assert risen >= 255 * 2**20  # 256 MiB, and pages that were there already
 
 
-@pytest.mark.parametrize("activation", [True, False], ids=["in place", "out of place"])
-def test_a_step_allocates_no_more_than_torch(memory, activation):
-    build = memory.Large if activation else memory.OutOfPlace
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "out of place"])
+def test_a_step_allocates_no_more_than_torch(memory, monkeypatch, in_place):
+    build = memory.Large if in_place else memory.OutOfPlace
     workload = memory.Workload(build, (4, 64, 28, 28), differentiated=True)
-    peaks = {}
-    for arm in memory.ARMS:
-        step = memory._step(workload, arm)
-        step()
-        peaks[arm] = memory._allocated(step)
-    assert peaks["convert"] <= peaks["torch.nn"]
-    assert peaks["convert(fuse=True)"] <= peaks["torch.nn"]
+    monkeypatch.setitem(memory.WORKLOADS, "small", workload)
+    peaks = [memory.measure("small", arm) for arm in memory.ARMS]
+    assert peaks[0].statistics == 16 * 64
+    assert not memory.above(peaks)
+    y = 4 * 4 * 64 * 28 * 28
+    if not in_place:  # what torch keeps between the norm and the activation is not there
+        assert peaks[2].allocated <= peaks[0].allocated - y + peaks[0].statistics
 
 
 def test_more_than_torch_is_found(memory):
     peaks = [
-        memory.Peak("w", arm, allocated, None)
-        for arm, allocated in zip(memory.ARMS, (100, 101, 60), strict=True)
+        memory.Peak("w", arm, allocated, None, statistics=16)
+        for arm, allocated in zip(memory.ARMS, (100, 117, 116), strict=True)
     ]
     assert [peak.arm for peak in memory.above(peaks)] == ["convert"]
-    assert "| w | convert(fuse=True) | 0.0 | 0.60 |  |" in memory.table(peaks)
+    assert "| w | convert(fuse=True) | 0.0 | 1.16 |  |" in memory.table(peaks)
 
 
 def test_the_arms_begin_with_the_same_weights(networks):
@@ -78,7 +78,7 @@ def test_the_arms_begin_with_the_same_weights(networks):
     assert theirs is model
     assert type(model[1]) is nn.BatchNorm2d
     assert type(ours[1]) is batchnorm.BatchNorm2d
-    assert isinstance(fused[1], batchnorm.BatchNormAct2d)
+    assert "with relu" in str(batchnorm.changes(fused))  # in the parent's forward
     for other in (ours, fused):
         weights = zip(model.parameters(), other.parameters(), strict=True)
         assert all(torch.equal(a, b) and a is not b for a, b in weights)

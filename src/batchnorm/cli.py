@@ -374,9 +374,7 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write every round of every row here.")
     ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="Draw it: .svg, .png or .pdf.")
-    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it: .svg, .png or .pdf.")] = None,
     page: Annotated[
         Path | None,
         typer.Option("--markdown", help="Put the tables into this page, at <!-- bench DTYPE -->."),

@@ -310,10 +310,7 @@ def apart(plan: Plan, setting: str) -> Iterator[Row]:
         assert process.stdout is not None  # noqa: S101  # for the type checker
         try:
             for line in process.stdout:
-                content = json.loads(line)
-                if "error" in content:
-                    raise BatchNormError(content["error"])
-                yield Row(**content)
+                yield _read(line)
         except BaseException:  # an interruption, or nobody wants the rest
             process.terminate()
             raise
@@ -322,6 +319,13 @@ def apart(plan: Plan, setting: str) -> Iterator[Row]:
             f"the process that measures with {setting} memory ended with {process.returncode}. "
             "If this machine is short of memory, --quick needs little."
         )
+
+
+def _read(line: str) -> Row:
+    content = json.loads(line)
+    if "error" in content:
+        raise BatchNormError(content["error"])
+    return Row(**content)
 
 
 def here(plan: Plan, setting: str) -> Iterator[Row]:
@@ -339,9 +343,7 @@ def here(plan: Plan, setting: str) -> Iterator[Row]:
 
 def _row(plan: Plan, setting: str, threads: int, shape: Shape, operation: Operation) -> Row:
     def timed(rounds: int) -> Row:
-        calls = contenders(
-            shape, operation, getattr(torch, plan.dtype), compiled=plan.compiled
-        )
+        calls = contenders(shape, operation, getattr(torch, plan.dtype), compiled=plan.compiled)
         return Row(
             shape.family, shape.name, operation.step, operation.fusion, plan.dtype, threads,
             setting, measure(calls, rounds),

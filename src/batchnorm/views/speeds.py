@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import rich.console
@@ -173,7 +174,7 @@ def draw(report: Report) -> Figure:
     threads = max((row.threads for row in report.rows), default=1)
     rows = [r for r in report.rows if (r.setting, r.threads) == (report.settings[0], threads)]
     shapes = list(dict.fromkeys((row.family, row.shape) for row in rows))
-    with mpl.rc_context(dict.fromkeys(TEXT, INK)):
+    with mpl.rc_context(INKED):
         figure = Figure(figsize=(10.5, 1.9 + 0.42 * len(shapes)), layout="constrained")
         panels = figure.subplots(1, len(PASSES), sharey=True, sharex=True, squeeze=False)[0]
         for axes, step in zip(panels, PASSES, strict=True):
@@ -195,7 +196,9 @@ def draw(report: Report) -> Figure:
     return figure
 
 
-TEXT = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+INKED: dict[Any, Any] = dict.fromkeys(
+    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+)
 
 
 def _labels(shapes: list[tuple[str, str]]) -> list[str]:
@@ -265,9 +268,7 @@ def refuse(picture: Path | None, page: Path | None, dtype: str) -> None:
         markdown.find(page, f"bench {dtype}")
 
 
-def write(
-    report: Report, json_file: Path | None, picture: Path | None, page: Path | None
-) -> None:
+def write(report: Report, json_file: Path | None, picture: Path | None, page: Path | None) -> None:
     """The files that were asked for; a page's numbers stay if the new ones are not complete."""
     if json_file is not None:
         json_file.write_text(to_json(report), encoding="utf-8")
