@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
+from rich import box
 from rich.table import Table
 
 from batchnorm.errors import BatchNormError
@@ -19,6 +20,7 @@ from batchnorm.speed import FUSIONS, OVERHEAD, PASSES, Report, Row
 from batchnorm.views import markdown
 
 INK = "#7a7a7a"  # as readable on white as on black: the picture has no background of its own
+LEAST_ROUNDS = 5  # from here on the sign test can find something
 COLOURS = dict(zip(FUSIONS, ("#2f81c9", "#d9822b", "#3a9a5b", "#b0559c"), strict=True))
 
 
@@ -29,7 +31,6 @@ class Block:
     title: str
     header: list[str]
     lines: list[list[str]]
-    ends: list[int]  # the lines behind which a class ends
 
 
 def heading(report: Report) -> list[str]:
@@ -70,7 +71,7 @@ def blocks(report: Report) -> Iterator[Block]:
 
 
 def _by_class(title: str, rows: list[Row]) -> Block:
-    lines, ends = [], []
+    lines = []
     for family in dict.fromkeys(row.family for row in rows):
         first = family
         for shape in dict.fromkeys(row.shape for row in rows if row.family == family):
@@ -84,27 +85,31 @@ def _by_class(title: str, rows: list[Row]) -> Block:
                     name = shape if fusion == FUSIONS[0] else ""
                     lines.append([first, name, fusion, *(found.get(s, "") for s in PASSES)])
                     first = ""
-        ends.append(len(lines) - 1)
-    return Block(title, ["class", "shape", "with", *PASSES], lines, ends)
+    return Block(title, ["class", "shape", "with", *PASSES], lines)
 
 
 def _cell(row: Row) -> str:
-    numbers = [f"{row.ratio():.2f}", f"{row.ratio('ours', 'floor'):.2f}"]
+    numbers = [row.ratio(), row.ratio("ours", "floor")]
     if "compiled" in row.times:
-        numbers.append(f"{row.ratio('compiled', 'ours'):.2f}")
-    return " · ".join(numbers) + " !" * row.slower
+        numbers.append(row.ratio("compiled", "ours"))
+    return "!" * row.slower + " · ".join(map(_number, numbers))
+
+
+def _number(value: float) -> str:
+    """Three digits or so."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _overhead(title: str, rows: list[Row]) -> Block:
     header = ["class", "shape", "pass", "torch µs", "ours µs", "torch ÷ ours"]
-    lines = [
-        [
-            row.family, row.shape, row.step, f"{row.seconds('torch') * 1e6:.1f}",
-            f"{row.seconds('ours') * 1e6:.1f}", f"{row.ratio():.2f}" + " !" * row.slower,
-        ]
-        for row in rows
-    ]  # fmt: skip
-    return Block(title, header, lines, [])
+    lines, before = [], ""
+    for row in rows:
+        shape = "" if row.shape == before else row.shape
+        family = "" if before else row.family
+        before = row.shape
+        micros = [f"{row.seconds(name) * 1e6:.1f}" for name in ("torch", "ours")]
+        lines.append([family, shape, row.step, *micros, "!" * row.slower + _number(row.ratio())])
+    return Block(title, header, lines)
 
 
 def show(report: Report) -> None:
@@ -121,12 +126,21 @@ def show(report: Report) -> None:
 
 
 def _grid(block: Block) -> Table:
-    grid = Table(title=block.title, title_justify="left")
-    for place, name in enumerate(block.header):
-        grid.add_column(name, justify="left" if place < 3 else "right", overflow="fold")
-    for place, line in enumerate(block.lines):
-        slower = any(cell.endswith("!") for cell in line)
-        grid.add_row(*line, style="red" if slower else "", end_section=place in block.ends)
+    """Class and shape as lines of their own, so that a terminal of 80 columns holds it."""
+    grid = Table(
+        title=block.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    grid.add_column("class, shape, " + block.header[2], no_wrap=True)
+    for name in block.header[3:]:
+        grid.add_column(name, justify="right", overflow="fold")
+    for family, shape, name, *cells in block.lines:
+        if family:
+            grid.add_row(family, style="bold")
+        if shape:
+            grid.add_row(f" {shape}")
+        slower = any(cell.startswith("!") for cell in cells)
+        grid.add_row(f"  {name}", *cells, style="red" if slower else "")
     return grid
 
 
@@ -137,10 +151,10 @@ def verdict(report: Report) -> list[str]:
     if report.slower:
         sentences.append(f"slower than torch eager in {len(report.slower)} of {count} (!):")
         sentences += [f"  {row}" for row in report.slower]
+    elif report.plan.rounds < LEAST_ROUNDS:
+        sentences.append(f"{count} measured; fewer than five rounds cannot show what is slower")
     elif count:
         sentences.append(f"nowhere slower than torch eager: {count} measured")
-    if report.plan.rounds < 5:
-        sentences.append("fewer than five rounds prove nothing: no row can be called slower")
     if report.interrupted:
         sentences.append("interrupted: this is what had been measured")
     if report.failure:
