@@ -19,7 +19,7 @@ from tolerance import bound
 TINY = (
     Shape("features", (8, 4)),
     Shape("NCHW, large", (4, 3, 2, 2)),
-    Shape("channels_last, few channels", (4, 3, 2, 2), channels_last=True),
+    Shape("channels_last, C = 6", (4, 3, 2, 2), channels_last=True),
     Shape(OVERHEAD, (8, 4)),
 )
 PLAN = Plan(TINY, rounds=1)

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -79,7 +78,7 @@ SHAPES = (
     Shape("channels_last beyond L3", (32, 256, 56, 56), channels_last=True),
     Shape("channels_last, 2-D, in L3", (32, 2048, 7, 7), channels_last=True),
     Shape("channels_last, 2-D, in L3", (4096, 1024)),
-    Shape("channels_last, few channels", (256, 6, 28, 28), channels_last=True),
+    Shape("channels_last, C = 6", (256, 6, 28, 28), channels_last=True),
     Shape("LeNet convolutions", (256, 6, 28, 28)),
     Shape("LeNet convolutions", (256, 16, 10, 10)),
     Shape("features", (256, 120)),
@@ -305,7 +304,11 @@ def apart(plan: Plan, setting: str) -> Iterator[Row]:
     # -P: a file in the current folder named like a module would be imported in its place
     command = [sys.executable, "-P", "-m", "batchnorm.speed", setting, json.dumps(asdict(plan))]
     with subprocess.Popen(  # noqa: S603  # this module
-        command, env=variables | SETTINGS[setting], stdout=subprocess.PIPE, text=True
+        command,
+        env=variables | SETTINGS[setting],
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,  # Ctrl-C reaches this process alone, which ends the other
     ) as process:
         assert process.stdout is not None  # noqa: S101  # for the type checker
         try:
@@ -497,7 +500,6 @@ def _floor(x: Tensor, other: Tensor, operation: Operation) -> Call:
 
 def _main(setting: str, content: str) -> None:
     """Measure in this process, and write a line a row."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent speaks for both
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as lines:
         os.dup2(2, 1)  # what a compiler may print is no row
         given = json.loads(content)

@@ -138,7 +138,7 @@ def _grid(block: Block) -> Table:
         if family:
             grid.add_row(family, style="bold")
         if shape:
-            grid.add_row(f" {shape}")
+            grid.add_row(f" {shape.removesuffix(', channels_last')}")  # the class says it
         slower = any(cell.startswith("!") for cell in cells)
         grid.add_row(f"  {name}", *cells, style="red" if slower else "")
     return grid
@@ -240,7 +240,7 @@ def _decorate(axes: Axes, step: str) -> None:
     axes.set_title(step, loc="left", fontsize="medium", color=INK)
     axes.set_facecolor("none")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}×"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.axvline(1, color=INK, linewidth=1)
     axes.grid(axis="x", color=INK, alpha=0.25)
