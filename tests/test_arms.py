@@ -18,6 +18,7 @@ KINDS = {
     "batch-note": (NoteBatchNorm, NoteBatchNorm),
     "group": (nn.GroupNorm, nn.GroupNorm),
     "layer": (nn.GroupNorm, nn.GroupNorm),
+    "batch-noise": (nn.Sequential, nn.Sequential),
 }
 
 
@@ -131,4 +132,5 @@ def test_an_activation_that_belongs_to_a_norm_stays_behind_every_arm():
         assert y.min() == 0
         if arm.startswith("batch") and arm != "batch-note":
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+        if arm in {"batch", "batch-torch"}:
             assert not model.get_submodule("1.norm").weight.requires_grad

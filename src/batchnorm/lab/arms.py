@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm
@@ -66,6 +66,27 @@ def layer(layer: _BatchNorm) -> nn.Module:
     return conversion.KINDS["layer"](layer)
 
 
+class Noise(nn.Module):
+    """y = x + ε in training, ε ~ N(μ, σ²), where μ and σ are drawn anew for each channel and step.
+
+    μ ~ U(−0.5, 0.5), σ ~ U(0, 1.25): the shift that normalization is said to remove, put back
+    behind it (Santurkar et al. 2018, §2.1, https://arxiv.org/abs/1805.11604).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, *spatial)."""
+        if not self.training:
+            return x
+        shape = [1, x.shape[1], *[1] * (x.dim() - 2)]
+        mean, std = x.new_empty(shape).uniform_(-0.5, 0.5), x.new_empty(shape).uniform_(0, 1.25)
+        return x + mean + std * torch.randn_like(x)
+
+
+def batch_noise(layer: _BatchNorm) -> nn.Module:
+    """This library's layer, and noise of a changing mean and variance behind it in training."""
+    return nn.Sequential(OrderedDict(norm=batch(layer), noise=Noise()))
+
+
 ARMS: dict[str, Arm] = {
     "none": none,
     "batch": batch,
@@ -73,6 +94,7 @@ ARMS: dict[str, Arm] = {
     "batch-note": batch_note,
     "group": group,
     "layer": layer,
+    "batch-noise": batch_noise,
 }
 
 
