@@ -12,7 +12,7 @@ from batchnorm import BatchNormError
 from batchnorm.lab import statistics
 from batchnorm.lab.statistics import Rule, judge
 
-TRIALS = 800
+TRIALS = 600
 DRAWS = {
     "normal": lambda rng, n: rng.normal(size=n),
     "uniform": lambda rng, n: rng.uniform(-1, 1, size=n),
@@ -134,7 +134,7 @@ def test_holm_by_hand():
 def family_errors(correct):
     """How often a study of five questions, none of them true, says something."""
     rng, wrong = np.random.default_rng(3), 0
-    trials = 600
+    trials = 400
     for _ in range(trials):
         ps = [statistics.sign_flip(rng.normal(size=10)) for _ in range(5)]
         wrong += min(correct(ps)) <= 0.05

@@ -149,7 +149,7 @@ def sign_flip(values: Sequence[float], null: float = 0.0) -> float:
     Every pattern of signs is tried up to `EXACT_UP_TO` values; beyond, `RESAMPLES` random ones.
     """
     data = np.asarray(values, dtype=float) - null
-    if not np.any(data):
+    if len(data) < 2 or not np.any(data):
         return 1.0
     found = stats.permutation_test(
         (data,), np.mean, permutation_type="samples", n_resamples=RESAMPLES,
