@@ -46,13 +46,17 @@ def batchnorm() -> None:
 
 @app.command()
 def compare(
-    network: Annotated[str, typer.Option(help="lenet, or package.module:function.")] = "lenet",
+    network: Annotated[
+        str, typer.Option(help="lenet, mlp, resnet, or package.module:function.")
+    ] = "lenet",
     data: Annotated[
         str, typer.Option(help="fashion-mnist, or package.module:function (loaders or tensors).")
     ] = "fashion-mnist",
     arms: Annotated[
         str,
-        typer.Option(help="Of none, batch, batch-torch, batch-note, group, layer, batch-noise."),
+        typer.Option(
+            help="Of none, batch, batch-torch, batch-note, group, layer, batch-noise, batch-population."
+        ),
     ] = "none,batch",
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
@@ -72,6 +76,10 @@ def compare(
         int, typer.Option(help="Training images for the population statistics.")
     ] = 10_000,
     train_images: Annotated[int | None, typer.Option(help="The first N; all by default.")] = None,
+    held_out_images: Annotated[
+        int, typer.Option(help="Of the training images, the last N: measured, not trained on.")
+    ] = 0,
+    test_images: Annotated[int | None, typer.Option(help="The first N; all by default.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(help="Of torch; part of the configuration.")
@@ -118,6 +126,8 @@ def compare(
             evaluations_per_epoch=evaluations_per_epoch,
             recalibration_images=recalibration_images,
             train_images=train_images,
+            held_out_images=held_out_images,
+            test_images=test_images,
             device=device,
         )
         console.show(result.record, result.words)

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm
@@ -87,6 +88,36 @@ def batch_noise(layer: _BatchNorm) -> nn.Module:
     return nn.Sequential(OrderedDict(norm=batch(layer), noise=Noise()))
 
 
+class PopulationNorm(nn.Module):
+    """y = (x − running mean) / √(running var + eps) · weight + bias, in training as in evaluation.
+
+    The running statistics take the batch in before they are used; no gradient passes through them.
+    What is left out of batch normalization are the noise of a batch's own statistics and the
+    gradient through them (Luo et al. 2019, §2, https://arxiv.org/abs/1809.00846).
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, *spatial)."""
+        norm = self.norm
+        if not self.training:
+            y: Tensor = norm(x)
+            return y
+        with torch.no_grad():
+            norm(x)
+        return F.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+        )
+
+
+def batch_population(layer: _BatchNorm) -> nn.Module:
+    """This library's layer, normalizing with the running statistics in training, too."""
+    return PopulationNorm(batch(layer))  # type: ignore[arg-type]  # of this library's classes
+
+
 ARMS: dict[str, Arm] = {
     "none": none,
     "batch": batch,
@@ -95,6 +126,7 @@ ARMS: dict[str, Arm] = {
     "group": group,
     "layer": layer,
     "batch-noise": batch_noise,
+    "batch-population": batch_population,
 }
 
 

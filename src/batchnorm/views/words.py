@@ -13,6 +13,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "group": ("with group norm", "有组归一化"),
     "layer": ("with layer norm", "有层归一化"),
     "batch-noise": ("with BN and noise", "有批量归一化加噪声"),
+    "batch-population": ("with population norm", "有总体统计量归一化"),
     # the quantities
     "epoch": ("epoch", "轮数"),
     "seconds": ("seconds of training", "训练秒数"),

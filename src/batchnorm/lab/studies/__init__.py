@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 # name: what it asks, in a line of the command's help. Loading a study loads SciPy: not for --help
 NAMES = {
     "learning-rate": "Does batch norm allow larger learning rates?",
+    "residual": "Does that hold for a small ResNet, too?",
     "matched-rates": "Does its gain come from the larger rates? (Bjorck et al.)",
     "fixed-moments": "Are mean and variance of its output fixed, and by what?",
     "axes": "Is each pixel a sample, over the channel or the feature axis?",
     "position": "Before the activation, after it, or on the input only?",
     "linear": "Is it a linear transform?",
-    "noise": "Does it work by the noise, or in spite of it? (Santurkar et al.)",
+    "noise": "Does it work by the noise, or in spite of it? (Santurkar et al., Luo et al.)",
     "dropout": "Should it be mixed with dropout? (Li et al.)",
     "epochs": "Does it need fewer epochs?",
     "speed": "Does it process more examples a second? (timed alone)",

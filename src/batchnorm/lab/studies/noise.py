@@ -1,4 +1,4 @@
-"""Noise of a changing mean and variance, added behind each norm: does the gain survive it?"""
+"""More noise behind each norm, or none in its statistics: what becomes of the gain?"""
 
 from batchnorm.lab.effects import Best, Difference
 from batchnorm.lab.statistics import Rule
@@ -22,6 +22,11 @@ STUDY = Study(
             Text("with BN and noise behind it", "批量归一化后加噪声"),
             {"arm": "batch-noise"},
         ),
+        Arm(
+            "population",
+            Text("with population statistics", "用总体统计量归一化"),
+            {"arm": "batch-population"},
+        ),
     ),
     sizes={
         "quick": Size(8, QUICK, {"learning_rate": (1.0,)}),
@@ -37,6 +42,16 @@ STUDY = Study(
             ),
             Difference("test_accuracy", "noisy", "batch", Best()),
             Rule(low=0),
+        ),
+        Question(
+            "less-noise-hurts",
+            Text(
+                "Normalized by population statistics in training, without the noise of the batch "
+                "(and the gradient through it), it ends lower.",
+                "训练时用总体统计量归一化，没有小批量的噪声（以及经过统计量的梯度），测试精度更低。",
+            ),
+            Difference("test_accuracy", "population", "batch", Best()),
+            Rule(high=0),
         ),
         Question(
             "gain-survives",
