@@ -485,7 +485,6 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(tmp_path, arguments, mess
 def test_cells_that_are_lost_are_said_and_the_rest_is_judged(tmp_path, monkeypatch):
     broken = dataclasses.replace(probes("fails_always", seeds=1), sizes={"quick": Size(1)})
     monkeypatch.setattr(library, "find", lambda _name: broken)
-    monkeypatch.setattr(engine, "_timed", lambda *_: lambda _config: 0.1)
     request = studies.Request(["probes"], "quick", tmp_path, processes=1)
     with pytest.raises(BatchNormError, match="1 cells failed 3 times; the verdicts are without"):
         studies.run(request)

@@ -127,9 +127,7 @@ def _timed(config: Config, data_dir: Path | None) -> Callable[[Config], float]:
     with tempfile.TemporaryDirectory(prefix="batchnorm-") as temporary:
         folder = Path(temporary)
         if isinstance(config, Probe):
-            start = time.perf_counter()
-            cells.perform(config, folder, data_dir)
-            seconds = time.perf_counter() - start
+            seconds = _call(config, folder, data_dir)
             return lambda _: seconds
         small = dataclasses.replace(
             config, epochs=1, evaluations_per_epoch=1, held_out_images=0, test_images=PROBE_IMAGES,
@@ -137,6 +135,18 @@ def _timed(config: Config, data_dir: Path | None) -> Callable[[Config], float]:
         )  # fmt: skip
         cells.perform(small, folder, data_dir)
         return _extrapolate(small, folder)
+
+
+def _call(config: Probe, folder: Path, data_dir: Path | None) -> float:
+    """Seconds of one call; one that fails takes none here, and the run will record why."""
+    start = time.perf_counter()
+    try:
+        cells.perform(config, folder, data_dir)
+    except BatchNormError:  # no data, say: every cell would fail
+        raise
+    except Exception:  # noqa: BLE001  # whatever the probe raises
+        return 0.0
+    return time.perf_counter() - start
 
 
 def _extrapolate(small: CellConfig, folder: Path) -> Callable[[Config], float]:
