@@ -18,6 +18,8 @@ KINDS = {
     "batch-note": (NoteBatchNorm, NoteBatchNorm),
     "group": (nn.GroupNorm, nn.GroupNorm),
     "layer": (nn.GroupNorm, nn.GroupNorm),
+    "batch-noise": (nn.Sequential, nn.Sequential),
+    "batch-population": (arms.PopulationNorm, arms.PopulationNorm),
 }
 
 
@@ -131,4 +133,23 @@ def test_an_activation_that_belongs_to_a_norm_stays_behind_every_arm():
         assert y.min() == 0
         if arm.startswith("batch") and arm != "batch-note":
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+        if arm in {"batch", "batch-torch"}:
             assert not model.get_submodule("1.norm").weight.requires_grad
+
+
+def test_population_norm_uses_in_training_what_evaluation_uses():
+    torch.manual_seed(0)
+    layer, x = arms.batch_population(nn.BatchNorm1d(3)), torch.randn(16, 3) * 2 + 1
+    layer.norm.momentum = 0.25
+    y = layer(x)
+    mean = 0.25 * x.mean(0)
+    var_unbiased = 0.75 + 0.25 * x.var(0)
+    torch.testing.assert_close(y, (x - mean) / (var_unbiased + 1e-5).sqrt())
+    torch.testing.assert_close(layer.eval()(x), y)
+
+
+def test_no_gradient_passes_through_the_statistics_of_population_norm():
+    layer, x = arms.batch_population(nn.BatchNorm1d(3)), torch.randn(16, 3, requires_grad=True)
+    layer(x)[:, 1].sum().backward()
+    scale = (layer.norm.running_var[1] + 1e-5).rsqrt()
+    torch.testing.assert_close(x.grad[:, 1], scale.expand(16))

@@ -1,6 +1,7 @@
 """A cell: the same start for every arm, a record that an interruption does not change."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -13,9 +14,10 @@ from torch.nn import functional as F
 import tiny
 from batchnorm import BatchNormError
 from batchnorm.lab import grid, networks, training
+from batchnorm.lab.batches import TensorBatches
 from batchnorm.lab.data import Images, Loaders
 from batchnorm.lab.progress import Silent
-from batchnorm.lab.record import CELLS, cell_path, json_line, read, read_cell
+from batchnorm.lab.record import ADDED, CELLS, CellConfig, cell_path, json_line, read, read_cell
 from batchnorm.lab.summary import summarize
 from batchnorm.lab.training import evaluation_steps, train_cell
 
@@ -529,3 +531,37 @@ def test_examples_per_second_count_what_was_trained_on(tmp_path):
     (arm,) = summarize(record)
     (cell,) = record.cells
     assert arm.examples_per_second.mean == pytest.approx(128 / cell.last.seconds)
+
+
+def test_held_out_images_are_not_trained_on_and_are_measured(tmp_path):
+    images = tiny.as_images()
+    options = {"held_out_images": 64, "train_images": 256, "test_images": 32}
+    (config,) = run(tmp_path, arms=["batch"], epochs=1, **options)
+    cell = read_cell(cell_path(tmp_path, config))
+    assert cell.header.steps_per_epoch == 8
+    assert cell.header.test_images == 32
+    assert 0 <= cell.last.held_out_accuracy <= 1
+    assert 0 <= cell.last.recalibrated_held_out_accuracy <= 1
+    batches = TensorBatches(images, 32, None, held_out_images=64)
+    trained = torch.cat([inputs for inputs, _ in batches.train(0, 0)])
+    held_out = torch.cat([inputs for inputs, _ in batches.held_out()])
+    assert torch.equal(held_out, images.train_images[-64:])
+    assert len(trained) == 256
+    assert not (trained[:, None] == held_out[None]).flatten(2).all(2).any()
+
+
+def test_held_out_images_that_are_not_there_are_said(tmp_path):
+    with pytest.raises(BatchNormError, match="300 should be trained on and 64 held out"):
+        run(tmp_path, train_images=300, held_out_images=64)
+    with pytest.raises(BatchNormError, match="the data are loaders"):
+        run(tmp_path, data=Loaders(*tiny.loaders()), held_out_images=64)
+
+
+def test_fields_that_were_added_change_no_name_of_a_record():
+    """The hash that the default configuration had before there were held-out images."""
+    plain = CellConfig(arm="batch")
+    content = {k: v for k, v in dataclasses.asdict(plain).items() if k not in ADDED}
+    before = json.dumps({"format": 1, **content}, sort_keys=True).encode()
+    assert plain.hash == hashlib.sha256(before).hexdigest()[:16]
+    assert dataclasses.replace(plain, held_out_images=1).hash != plain.hash
+    assert dataclasses.replace(plain, test_images=1).hash != plain.hash

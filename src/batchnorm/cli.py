@@ -18,6 +18,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from batchnorm.errors import BatchNormError
+from batchnorm.lab import studies as library
 
 app = typer.Typer(
     name="batchnorm",
@@ -45,12 +46,17 @@ def batchnorm() -> None:
 
 @app.command()
 def compare(
-    network: Annotated[str, typer.Option(help="lenet, or package.module:function.")] = "lenet",
+    network: Annotated[
+        str, typer.Option(help="lenet, mlp, resnet, or package.module:function.")
+    ] = "lenet",
     data: Annotated[
         str, typer.Option(help="fashion-mnist, or package.module:function (loaders or tensors).")
     ] = "fashion-mnist",
     arms: Annotated[
-        str, typer.Option(help="Of none, batch, batch-torch, batch-note, group, layer.")
+        str,
+        typer.Option(
+            help="Of none, batch, batch-torch, batch-note, group, layer, batch-noise, batch-population."
+        ),
     ] = "none,batch",
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
@@ -70,6 +76,10 @@ def compare(
         int, typer.Option(help="Training images for the population statistics.")
     ] = 10_000,
     train_images: Annotated[int | None, typer.Option(help="The first N; all by default.")] = None,
+    held_out_images: Annotated[
+        int, typer.Option(help="Of the training images, the last N: measured, not trained on.")
+    ] = 0,
+    test_images: Annotated[int | None, typer.Option(help="The first N; all by default.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(help="Of torch; part of the configuration.")
@@ -116,6 +126,8 @@ def compare(
             evaluations_per_epoch=evaluations_per_epoch,
             recalibration_images=recalibration_images,
             train_images=train_images,
+            held_out_images=held_out_images,
+            test_images=test_images,
             device=device,
         )
         console.show(result.record, result.words)
@@ -413,8 +425,76 @@ def _counts(text: str) -> list[int]:
         ) from None
 
 
-study = typer.Typer(help="Test one claim.", no_args_is_help=True)
+study = typer.Typer(
+    help="Test one claim, with error bars; `all` tests the lot.", no_args_is_help=True
+)
 app.add_typer(study, name="study")
+
+
+@study.callback(invoke_without_command=True)
+def studies(
+    listed: Annotated[bool, typer.Option("--list", help="The studies and what they ask.")] = False,
+) -> None:
+    """Test one claim, with error bars; `all` tests the lot."""
+    if listed:
+        for name, asks in library.NAMES.items():
+            typer.echo(f"{name:16}  {asks}")
+
+
+def _add_study(command: str, names: list[str], asks: str) -> None:
+    """`batchnorm study NAME`: the same options for each."""
+
+    @study.command(name=command, help=asks)
+    def run(
+        quick: Annotated[
+            bool, typer.Option("--quick", help="A tenth of it: `all` in ten minutes.")
+        ] = False,
+        full: Annotated[bool, typer.Option("--full", help="All images: overnight.")] = False,
+        out: Annotated[
+            Path | None,
+            typer.Option(help="Folder of the record; runs/studies by default, shared by all."),
+        ] = None,
+        seeds: Annotated[
+            int | None, typer.Option(help="How many; 10 by default, below 6 only exploratory.")
+        ] = None,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Say what would be run, and how long.")
+        ] = False,
+        processes: Annotated[
+            int | None, typer.Option(help="At once, a thread each; one a core by default.")
+        ] = None,
+        cluster: Annotated[
+            str | None, typer.Option(help="Address of a Dask scheduler, such as tcp://host:8786.")
+        ] = None,
+        budget: Annotated[
+            float | None,
+            typer.Option(help="Minutes; a longer plan is refused. 10, 60, full 720."),
+        ] = None,
+        data: Annotated[
+            str | None, typer.Option(help="In place of fashion-mnist: package.module:function.")
+        ] = None,
+        data_dir: Annotated[
+            Path | None, typer.Option(help="Where Fashion-MNIST is looked for first.")
+        ] = None,
+        lang: Annotated[Language, typer.Option(help="Of what is printed.")] = Language.en,
+    ) -> None:
+        with said():
+            from batchnorm import studies as runner  # noqa: PLC0415  # loads torch: not for --help
+
+            if quick and full:
+                raise BatchNormError("the study got --quick and --full. Choose one.")
+            size = "quick" if quick else "full" if full else "normal"
+            runner.run(
+                runner.Request(
+                    names, size, out, seeds, dry_run, processes, cluster, budget, data, data_dir,
+                    lang.value,
+                )
+            )  # fmt: skip
+
+
+for _name, _asks in library.NAMES.items():
+    _add_study(_name, [_name], _asks)
+_add_study("all", list(library.NAMES), "All of them; cells that several ask for are run once.")
 
 
 @study.command()
@@ -441,9 +521,9 @@ def recalibration(
     The same command goes on with the seeds that are missing.
     """
     with said():
-        from batchnorm import studies as library  # noqa: PLC0415  # loads torch: not for --help
+        from batchnorm import studies as runner  # noqa: PLC0415  # loads torch: not for --help
 
-        library.recalibration(
+        runner.recalibration(
             seeds=seeds,
             epochs=epochs,
             train_images=train_images,

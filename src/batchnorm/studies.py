@@ -1,6 +1,8 @@
-"""The studies: run one, show it."""
+"""The studies: plan, run, judge, show."""
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -8,14 +10,106 @@ from rich.console import Console
 from rich.table import Table
 
 from batchnorm.errors import BatchNormError
-from batchnorm.lab import grid
+from batchnorm.lab import engine, grid, results
+from batchnorm.lab import studies as library
 from batchnorm.lab.data import Images, load
+from batchnorm.lab.engine import Plan, Workers
+from batchnorm.lab.results import Result
 from batchnorm.lab.studies import recalibration as rescue
 from batchnorm.lab.studies.recalibration import Rescue, Study, StudyConfig
 from batchnorm.lab.summary import Spread
-from batchnorm.views import dumbbell, fonts
+from batchnorm.views import dumbbell, fonts, grids
 from batchnorm.views.verdict import number
 from batchnorm.views.words import Words
+
+BUDGETS = {"quick": 10.0, "normal": 60.0, "full": 12 * 60.0}  # minutes
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command was asked for."""
+
+    names: Sequence[str]
+    size: str = "normal"
+    out: Path | None = None
+    seeds: int | None = None
+    dry_run: bool = False
+    processes: int | None = None
+    cluster: str | None = None
+    budget: float | None = None  # minutes
+    data: str | None = None
+    data_dir: Path | None = None
+    language: str = "en"
+
+    @property
+    def folder(self) -> Path:
+        """One for all studies of a size: they share cells."""
+        suffix = "" if self.size == "normal" else f"-{self.size}"
+        return self.out if self.out is not None else Path("runs") / f"studies{suffix}"
+
+    @property
+    def minutes(self) -> float:
+        return BUDGETS[self.size] if self.budget is None else self.budget
+
+
+def run(request: Request) -> list[Result]:
+    """Plan the studies, run what is not done, judge them, write and print what was found.
+
+    Raises:
+        BatchNormError: an unknown study, a number out of range, a plan over its budget, cells that
+            failed each time.
+    """
+    words, errors = Words(request.language), Console(stderr=True, highlight=False)
+    found = [library.find(name) for name in request.names]
+    planned = {s.name: s.cells(request.size, seeds=request.seeds, data=request.data) for s in found}
+    processes = engine.default_processes() if request.processes is None else request.processes
+    if processes < 1:
+        raise BatchNormError(f"processes is {processes} and should be a whole number from 1.")
+    workers = Workers(processes, request.cluster)
+    with _alone(request):
+        configs = [each.config for cells in planned.values() for each in cells]
+        with errors.status(words("timing")):
+            plan = engine.plan(configs, request.folder, request.data_dir, workers)
+        for study in found:
+            power = results.power(study, len({each.seed for each in planned[study.name]}))
+            errors.print(grids.power(study.name, power, words), soft_wrap=True)
+        errors.print(grids.plan(plan, words), soft_wrap=True)
+        if request.dry_run:
+            return []
+        _refuse_over_budget(plan, request)
+        with grids.Board(words) as board:
+            lost = engine.run(plan, request.folder, request.data_dir, workers, board)
+        judged = [results.conclude(s, request.size, planned[s.name], request.folder) for s in found]
+        results.write(judged, request.folder)
+    console = Console(highlight=False)
+    for result in judged:
+        console.print(grids.verdicts(result, words))
+    console.print(words("results are in", folder=request.folder), soft_wrap=True, markup=False)
+    if lost:
+        raise BatchNormError(
+            f"{len(lost)} cells failed {engine.ATTEMPTS} times; the verdicts are without them. "
+            f"{request.folder / engine.FAILURES} says why; the same command tries them again."
+        )
+    return judged
+
+
+@contextlib.contextmanager
+def _alone(request: Request) -> Iterator[None]:
+    """A dry run makes no folder."""
+    if request.dry_run:
+        yield
+        return
+    with grid.alone_in(request.folder):
+        yield
+
+
+def _refuse_over_budget(plan: Plan, request: Request) -> None:
+    if plan.seconds > 60 * request.minutes:
+        raise BatchNormError(
+            f"the plan takes about {plan.seconds / 60:.0f} minutes, and the budget of a "
+            f"{request.size} run is {request.minutes:g}. Ask for less with --quick or --seeds, for "
+            "more processes, or for a larger --budget."
+        )
 
 
 def recalibration(

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm
@@ -66,6 +67,57 @@ def layer(layer: _BatchNorm) -> nn.Module:
     return conversion.KINDS["layer"](layer)
 
 
+class Noise(nn.Module):
+    """y = x + ε in training, ε ~ N(μ, σ²), where μ and σ are drawn anew for each channel and step.
+
+    μ ~ U(−0.5, 0.5), σ ~ U(0, 1.25): the shift that normalization is said to remove, put back
+    behind it (Santurkar et al. 2018, §2.1, https://arxiv.org/abs/1805.11604).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, *spatial)."""
+        if not self.training:
+            return x
+        shape = [1, x.shape[1], *[1] * (x.dim() - 2)]
+        mean, std = x.new_empty(shape).uniform_(-0.5, 0.5), x.new_empty(shape).uniform_(0, 1.25)
+        return x + mean + std * torch.randn_like(x)
+
+
+def batch_noise(layer: _BatchNorm) -> nn.Module:
+    """This library's layer, and noise of a changing mean and variance behind it in training."""
+    return nn.Sequential(OrderedDict(norm=batch(layer), noise=Noise()))
+
+
+class PopulationNorm(nn.Module):
+    """y = (x − running mean) / √(running var + eps) · weight + bias, in training as in evaluation.
+
+    The running statistics take the batch in before they are used; no gradient passes through them.
+    What is left out of batch normalization are the noise of a batch's own statistics and the
+    gradient through them (Luo et al. 2019, §2, https://arxiv.org/abs/1809.00846).
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, *spatial)."""
+        norm = self.norm
+        if not self.training:
+            y: Tensor = norm(x)
+            return y
+        with torch.no_grad():
+            norm(x)
+        return F.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+        )
+
+
+def batch_population(layer: _BatchNorm) -> nn.Module:
+    """This library's layer, normalizing with the running statistics in training, too."""
+    return PopulationNorm(batch(layer))  # type: ignore[arg-type]  # of this library's classes
+
+
 ARMS: dict[str, Arm] = {
     "none": none,
     "batch": batch,
@@ -73,6 +125,8 @@ ARMS: dict[str, Arm] = {
     "batch-note": batch_note,
     "group": group,
     "layer": layer,
+    "batch-noise": batch_noise,
+    "batch-population": batch_population,
 }
 
 

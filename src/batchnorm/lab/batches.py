@@ -30,6 +30,9 @@ class Batches(Protocol):
     def test(self) -> Iterator[Batch]:
         """All test batches, always in the same order."""
 
+    def held_out(self) -> Iterator[Batch]:
+        """Training images that are not trained on, always in the same order; maybe none."""
+
     def population(self, images: int) -> Iterator[Batch]:
         """Training batches, `images` of them or all, for population statistics."""
 
@@ -37,13 +40,30 @@ class Batches(Protocol):
 class TensorBatches:
     """Batches cut from tensors in memory."""
 
-    def __init__(self, images: Images, batch_size: int, train_images: int | None) -> None:
-        self._inputs = images.train_images[:train_images]
-        self._labels = images.train_labels[:train_images]
-        self._test = (images.test_images, images.test_labels)
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        train_images: int | None,
+        *,
+        held_out_images: int = 0,
+        test_images: int | None = None,
+    ) -> None:
+        kept = len(images.train_images) - held_out_images
+        if held_out_images and kept < (train_images or 1):
+            raise BatchNormError(
+                f"there are {len(images.train_images)} training images, of which "
+                f"{train_images or 'some'} should be trained on and {held_out_images} held out. "
+                "Ask for fewer."
+            )
+        self._held_out = (images.train_images[kept:], images.train_labels[kept:])
+        count = kept if train_images is None else train_images
+        self._inputs = images.train_images[:count]
+        self._labels = images.train_labels[:count]
+        self._test = (images.test_images[:test_images], images.test_labels[:test_images])
         self._batch_size = batch_size
         self.train_images = len(self._inputs)
-        self.test_images = len(images.test_images)
+        self.test_images = len(self._test[0])
         # a last batch of one image has no variance: it is left out
         whole, rest = divmod(self.train_images, batch_size)
         self.steps_per_epoch = whole + (rest > 1)
@@ -59,6 +79,9 @@ class TensorBatches:
 
     def test(self) -> Iterator[Batch]:
         yield from _pieces(*self._test)
+
+    def held_out(self) -> Iterator[Batch]:
+        yield from _pieces(*self._held_out)
 
     def population(self, images: int) -> Iterator[Batch]:
         yield from _pieces(self._inputs[:images], self._labels[:images])
@@ -83,6 +106,9 @@ class LoaderBatches:
     def test(self) -> Iterator[Batch]:
         yield from _checked(self._loaders.test)
 
+    def held_out(self) -> Iterator[Batch]:
+        yield from ()
+
     def population(self, images: int) -> Iterator[Batch]:
         seen = 0
         for inputs, labels in _checked(_apart(self._loaders.train)):
@@ -98,7 +124,8 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 def _pieces(inputs: Tensor, labels: Tensor) -> Iterator[Batch]:
-    yield from zip(inputs.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+    if len(inputs):  # split() makes one empty piece of nothing
+        yield from zip(inputs.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

@@ -17,7 +17,7 @@ from batchnorm.model.recalibration import Collector
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], device: str) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy over the batches, in evaluation mode."""
+    """Mean cross-entropy and accuracy over the batches, in evaluation mode; NaN of none."""
     loss, correct, count = 0.0, 0, 0
     with evaluating(model):
         for inputs, labels in batches:
@@ -26,7 +26,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], device: str) -> tuple[f
             loss += F.cross_entropy(logits, target, reduction="sum").item()
             correct += int((logits.argmax(1) == target).sum())
             count += len(labels)
-    return loss / count, correct / count
+    return (loss / count, correct / count) if count else (math.nan, math.nan)
 
 
 @contextmanager
@@ -109,6 +109,8 @@ def _describe(layer: nn.Module, x: Tensor, y: Tensor) -> LayerStatistics:
         output_var=_numbers(output_var),
         weight=_parameter(layer, "weight"),
         bias=_parameter(layer, "bias"),
+        running_mean=_parameter(layer, "running_mean"),
+        running_var=_parameter(layer, "running_var"),
     )
 
 

@@ -57,7 +57,7 @@ def configure(
         initialization=initialization or ("xavier-uniform" if name == "lenet" else "as-built"),
         **options,
     )
-    _check(common)
+    check(common)
     return common, build
 
 
@@ -97,7 +97,7 @@ def run(
     named = data == "fashion-mnist" and configs[0].network in networks.NETWORKS
     if not waiting and named:
         return
-    batches = _batches(data, data_dir, configs[0])
+    batches = batches_of(data, data_dir, configs[0])
     if not named:  # what a user's name stands for may have changed, and objects may share one
         for config in configs:
             refuse_another_origin(config, network, batches, folder)
@@ -126,7 +126,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check(config: CellConfig) -> None:
+def check(config: CellConfig) -> None:
     """Numbers that no training can start from."""
     choices = {
         "schedule": SCHEDULES,
@@ -142,12 +142,18 @@ def _check(config: CellConfig) -> None:
     if config.threads > MOST_THREADS:
         raise BatchNormError(f"threads is {config.threads} and should be at most {MOST_THREADS}.")
     _at_least(config, "batch_size", 2)  # one value per channel has no variance
-    if config.train_images is not None:
-        _at_least(config, "train_images", 2)
+    for name, least in (("train_images", 2), ("test_images", 1)):
+        if getattr(config, name) is not None:
+            _at_least(config, name, least)
+    _at_least(config, "held_out_images", 0)
     for name in ("learning_rate", "momentum", "weight_decay"):
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
             raise BatchNormError(f"{name} is {value} and should be a finite number from 0.")
+    _check_device(config)
+
+
+def _check_device(config: CellConfig) -> None:
     if config.device.startswith("meta"):
         raise BatchNormError("the device 'meta' computes nothing. `cpu` always does.")
     try:
@@ -187,9 +193,18 @@ def _is_done(folder: Path, config: CellConfig) -> bool:
     return cell is not None and cell.done is not None
 
 
-def _batches(data: Data, data_dir: str | os.PathLike[str] | None, config: CellConfig) -> Batches:
+def batches_of(data: Data, data_dir: str | os.PathLike[str] | None, config: CellConfig) -> Batches:
+    """The batches that a cell trains on and is measured with."""
     if isinstance(data, str):
         data = load(data, Path(data_dir) if data_dir is not None else None)
     if isinstance(data, Images):
-        return TensorBatches(data, config.batch_size, config.train_images)
+        return TensorBatches(
+            data, config.batch_size, config.train_images,
+            held_out_images=config.held_out_images, test_images=config.test_images,
+        )  # fmt: skip
+    if config.held_out_images or config.test_images is not None:
+        raise BatchNormError(
+            "held_out_images and test_images choose among tensors, and the data are loaders. Leave "
+            "both out, and give a test loader of the images that you mean."
+        )
     return LoaderBatches(data)

@@ -20,6 +20,8 @@ from batchnorm.errors import BatchNormError
 
 FORMAT = 1
 CELLS = "cells"
+# fields of a configuration that were added to FORMAT 1, and the value that changes nothing
+ADDED = {"held_out_images": 0, "test_images": None}
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,17 @@ class CellConfig:
     train_images: int | None = None  # None: all of them
     device: str = "cpu"
     threads: int = 2
+    held_out_images: int = 0  # the last N training images: not trained on, for choices
+    test_images: int | None = None  # the first N; None: all of them
 
     @property
     def hash(self) -> str:
         """A name for the configuration's content, 16 hexadecimal digits."""
-        content = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, sort_keys=True)
+        fields = dataclasses.asdict(self)
+        for name, default in ADDED.items():  # the records made before keep their names
+            if fields[name] == default:
+                del fields[name]
+        content = json.dumps({"format": FORMAT, **fields}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def without_arm_and_seed(self) -> dict[str, Any]:
@@ -92,6 +100,8 @@ class LayerStatistics:
         list[float | None] | None
     )  # None where the arm has no such parameter; length 1 in `batch-note`
     bias: list[float | None] | None
+    running_mean: list[float | None] | None = None  # None where the arm keeps no such statistics
+    running_var: list[float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,8 @@ class Evaluation:
     recalibrated_test_loss: float | None  # with population statistics; None without batch norm
     recalibrated_test_accuracy: float | None
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
+    held_out_accuracy: float | None = None  # with the running statistics; None without such images
+    recalibrated_held_out_accuracy: float | None = None
 
 
 @dataclass(frozen=True)

@@ -270,11 +270,13 @@ def _evaluate(training: Training) -> Evaluation:
     model, batches, counters = training.model, training.batches, training.counters
     config = training.config
     test_loss, test_accuracy = evaluate(model, batches.test(), config.device)
+    _, held_out = evaluate(model, batches.held_out(), config.device)
     population = batches.population(config.recalibration_images)
-    loss = accuracy = None
+    loss = accuracy = again = None
     with population_statistics(model, population, config.device) as found:
         if found:
             loss, accuracy = evaluate(model, batches.test(), config.device)
+            _, again = evaluate(model, batches.held_out(), config.device)
     seen = counters.epoch_images
     inputs, _ = next(batches.test())
     layers = layer_statistics(model, training.places, inputs.to(config.device))
@@ -290,6 +292,8 @@ def _evaluate(training: Training) -> Evaluation:
         recalibrated_test_loss=_finite(loss),
         recalibrated_test_accuracy=accuracy,
         layers=layers,
+        held_out_accuracy=_finite(held_out),
+        recalibrated_held_out_accuracy=_finite(again),
     )
 
 

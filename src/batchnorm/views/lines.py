@@ -28,6 +28,8 @@ STYLES = {
     "batch-note": Style("#c8432b", "#ff8a6c", (8, 3, 2, 3)),
     "group": Style("#00795a", "#2fd0a3", (4, 2)),
     "layer": Style("#a8497f", "#e79fc6", (1, 2)),
+    "batch-noise": Style("#6a5acd", "#b3a9f5", (5, 2, 1, 2)),
+    "batch-population": Style("#8a6d00", "#d9bd4a", (3, 3)),
 }
 QUANTITY_STYLES = {
     "train_loss": Style("#0072b2", "#56b4e9", SOLID),

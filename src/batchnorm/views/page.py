@@ -11,6 +11,7 @@ from typing import Any
 import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from batchnorm.lab.networks import NETWORKS
 from batchnorm.lab.record import CellConfig, Record
 from batchnorm.lab.summary import ArmSummary, summarize
 from batchnorm.views import charts, verdict
@@ -126,7 +127,7 @@ def _environments(record: Record) -> list[dict[str, Any]]:
 def is_named(config: CellConfig) -> bool:
     """Whether the command line can name the network and the data."""
     network, data = config.network, config.data
-    return (network == "lenet" or ":" in network) and (data == "fashion-mnist" or ":" in data)
+    return (network in NETWORKS or ":" in network) and (data == "fashion-mnist" or ":" in data)
 
 
 def commands(record: Record) -> Iterator[str]:

@@ -12,6 +12,8 @@ PHRASES: dict[str, tuple[str, str]] = {
     "batch-note": ("with the note's BN", "有笔记中的批量归一化"),
     "group": ("with group norm", "有组归一化"),
     "layer": ("with layer norm", "有层归一化"),
+    "batch-noise": ("with BN and noise", "有批量归一化加噪声"),
+    "batch-population": ("with population norm", "有总体统计量归一化"),
     # the quantities
     "epoch": ("epoch", "轮数"),
     "seconds": ("seconds of training", "训练秒数"),
@@ -258,6 +260,42 @@ PHRASES: dict[str, tuple[str, str]] = {
     "study files are in": (
         "The record, the picture and the table are in {folder}",
         "记录、图片和表格都在 {folder}",
+    ),
+    # the studies of the grid
+    "timing": ("timing a little of each kind of cell", "正在为每类单元试运行计时"),
+    "plan": (
+        "{waiting} cells to run ({done} are done), about {minutes:.1f} minutes on {workers} at once",
+        "待运行 {waiting} 个单元（已完成 {done} 个），{workers} 个并行，约 {minutes:.1f} 分钟",
+    ),
+    "power": (
+        "{name}: finds an effect of {detectable:.2f} standard deviations of the per-seed differences in 80 of 100 cases",
+        "{name}：效应为各种子差值标准差的 {detectable:.2f} 倍时，100 次中可发现 80 次",
+    ),
+    "no power": (
+        "{name}: exploratory; with so few seeds and so many questions no verdict is possible (smallest p {smallest_p:.3f})",
+        "{name}：仅为探索；种子太少、问题太多，无法得出结论（最小的 p 为 {smallest_p:.3f}）",
+    ),
+    "cells": ("cells", "单元"),
+    "progress": (
+        "{done} of {cells} cells after {elapsed:.1f} minutes, about {left:.1f} to go",
+        "{elapsed:.1f} 分钟完成 {done}/{cells} 个单元，约剩 {left:.1f} 分钟",
+    ),
+    "cell failed": (
+        "cell {hash} failed, attempt {attempt}: {error}",
+        "单元 {hash} 第 {attempt} 次失败：{error}",
+    ),
+    "question": ("claim", "论断"),
+    "verdict": ("verdict", "结论"),
+    "effect": ("effect", "效应"),
+    "interval": ("95% interval", "95% 区间"),
+    "p": ("p (Holm)", "p（Holm）"),
+    "supported": ("supported", "成立"),
+    "contradicted": ("contradicted", "不成立"),
+    "inconclusive": ("inconclusive", "无定论"),
+    "few seeds": ("{verdict} (exploratory)", "{verdict}（探索性）"),
+    "results are in": (
+        "The record is in {folder}: verdicts.json, verdicts.csv, cells.csv, results/",
+        "记录在 {folder}：verdicts.json、verdicts.csv、cells.csv、results/",
     ),
     "configuration": ("configuration", "配置"),
     "value": ("value", "值"),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.errors import BatchNormError
-from batchnorm.lab import arms, networks
+from batchnorm.lab import fitting
 from batchnorm.lab.batches import EVALUATION_BATCH, TensorBatches
 from batchnorm.lab.data import Images
 from batchnorm.lab.environment import environment
@@ -229,42 +229,13 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def _train(config: StudyConfig, seed: int, images: Images) -> Trained:
     """Three runs from the same weights, two of them half as long and at a constant rate."""
     batches = TensorBatches(images, config.batch_size, config.train_images)
-    torch.manual_seed(seed)
-    network = networks.lenet()
-    networks.initialize(network, "xavier-uniform")
-    start, _ = arms.apply(network, "batch")
+    start = fitting.start("lenet", "batch", seed)
     healthy, moving, sibling = (copy.deepcopy(start) for _ in range(3))
-    half = max(1, config.epochs // 2)
-    _epochs(config, healthy, batches, [seed] * config.epochs)
-    _epochs(config, moving, batches, [seed] * half, decays=False)
-    _epochs(config, sibling, batches, [seed + 500_000] * half, decays=False)
+    half, rate = max(1, config.epochs // 2), config.learning_rate
+    fitting.fit(healthy, batches, rate, [seed] * config.epochs)
+    fitting.fit(moving, batches, rate, [seed] * half, decays=False)
+    fitting.fit(sibling, batches, rate, [seed + 500_000] * half, decays=False)
     return Trained(healthy, moving, sibling)
-
-
-def _epochs(
-    config: StudyConfig,
-    model: nn.Module,
-    batches: TensorBatches,
-    orders: Sequence[int],
-    *,
-    decays: bool = True,
-) -> None:
-    """Train for as many epochs as there are orders of the data."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate)
-    steps = len(orders) * batches.steps_per_epoch
-    schedulers = torch.optim.lr_scheduler
-    scheduler: torch.optim.lr_scheduler.LRScheduler = (
-        schedulers.CosineAnnealingLR(optimizer, steps)
-        if decays
-        else schedulers.ConstantLR(optimizer, factor=1.0)
-    )
-    model.train()
-    for epoch, order in enumerate(orders):
-        for inputs, labels in batches.train(order, epoch):
-            optimizer.zero_grad()
-            F.cross_entropy(model(inputs), labels).backward()
-            optimizer.step()
-            scheduler.step()
 
 
 def _weights(model: nn.Module, kinds: Any) -> Iterator[Tensor]:

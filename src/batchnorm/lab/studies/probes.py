@@ -1,0 +1,334 @@
+"""What the probes measure: functions of a seed and the images that return numbers by name.
+
+Each takes its arm's options by keyword; what they measure is said in the study that names them.
+"""
+
+import copy
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import batchnorm
+from batchnorm.errors import BatchNormError
+from batchnorm.lab import fitting
+from batchnorm.lab.batches import EVALUATION_BATCH, TensorBatches
+from batchnorm.lab.data import Images
+from batchnorm.lab.evaluation import evaluate, evaluating
+from batchnorm.lab.note import NoteBatchNorm
+
+Numbers = dict[str, Any]
+
+WARM_UP = 5  # steps that no clock counts
+TESTED = 2_000  # test images, the first ones
+
+
+def gradient_growth(
+    seed: int, _images: None, *, normalized: bool, depth: int, width: int, batch_size: int
+) -> Numbers:
+    """How the gradient grows towards the input, a factor a layer, in a network at initialization.
+
+    depth × (Linear, BN or nothing, ReLU), Gaussian weights of variance 2/width, without weight and
+    bias of the norms. The slope is fitted to log ‖∂L/∂xₗ‖ over the inner layers; L = ⟨x, v⟩ for a
+    random v.
+    """
+    torch.manual_seed(seed)
+    x = torch.randn(batch_size, width)
+    hidden: list[Tensor] = []
+    for _ in range(depth):
+        weight = torch.randn(width, width) * math.sqrt(2 / width)
+        x = (x @ weight.T).requires_grad_() if not hidden else x @ weight.T
+        if normalized:
+            x = batchnorm.batch_norm(x, None, None, training=True)
+        x = x.relu()
+        hidden.append(x)
+    gradients = torch.autograd.grad((x * torch.randn_like(x)).sum(), hidden)
+    logs = [gradient.norm().log().item() for gradient in gradients]
+    inner = logs[2:-2]  # the ends have neighbours on one side alone
+    places = [float(place) for place in range(len(inner))]
+    slope = statistics.linear_regression(places, inner).slope
+    return {"growth": math.exp(-slope), "log_gradient": logs}
+
+
+def fixed_moments(
+    seed: int, images: Images, *, train_images: int, epochs: int, learning_rate: float
+) -> Numbers:
+    """How far mean and variance of each norm's output are from bias and weight², in a trained LeNet.
+
+    In units of the weight: |mean − bias| / |weight| and |std / |weight| − 1|, the largest over
+    layers and channels of one training batch, brightened and dimmed; with the batch's statistics
+    and with the running ones.
+    """
+    model = _trained(seed, images, train_images, epochs, learning_rate)
+    batch = images.train_images[:256]
+    changed = [batch, batch * 0.5, batch * 2 + 1]
+    return {
+        "training": max(_moment_error(model.train(), x) for x in changed),
+        "evaluation": max(_moment_error(model.eval(), x) for x in changed),
+        "plain": _moment_error(model.eval(), batch),
+        "weight_spread": _spread(model, "weight"),
+        "bias_spread": _spread(model, "bias"),
+    }
+
+
+def _moment_error(model: nn.Module, x: Tensor) -> float:
+    worst = 0.0
+
+    def look(layer: nn.Module, _args: Any, y: Tensor) -> None:
+        nonlocal worst
+        assert isinstance(layer, _BatchNorm)  # noqa: S101  # hooked below
+        axes = [axis for axis in range(y.dim()) if axis != 1]
+        var_biased, mean = torch.var_mean(y.double(), axes, correction=0)
+        scale = layer.weight.double().abs()
+        gaps = ((mean - layer.bias).abs() / scale, (var_biased.sqrt() / scale - 1).abs())
+        worst = max(worst, *(gap.max().item() for gap in gaps))
+
+    twin = copy.deepcopy(model)  # a training pass would move the running statistics
+    for module in twin.modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_hook(look)
+    with torch.no_grad():
+        twin(x)
+    return worst
+
+
+def _spread(model: nn.Module, name: str) -> float:
+    """Standard deviation over all channels."""
+    values = [getattr(m, name).detach() for m in model.modules() if isinstance(m, _BatchNorm)]
+    return torch.cat(values).std().item()
+
+
+def linear(
+    seed: int, images: Images, *, train_images: int, epochs: int, learning_rate: float
+) -> Numbers:
+    """|f(x/2 + z/2) − f(x)/2 − f(z)/2| of a norm, the largest, relative to the largest |f|.
+
+    f is the first norm of a trained LeNet on what the convolution gives it: affine in evaluation;
+    in training the statistics are x's own.
+    """
+    model = _trained(seed, images, train_images, epochs, learning_rate)
+    conv, norm = model.get_submodule("conv1"), model.get_submodule("norm1")
+    with torch.no_grad():
+        x, z = conv(images.train_images[:128]), conv(images.train_images[128:256] * 0.3)
+        found = {}
+        for mode in ("training", "evaluation"):
+            f = copy.deepcopy(norm).train(mode == "training")
+            gap = f((x + z) / 2) - (f(x) + f(z)) / 2
+            found[mode] = (gap.abs().max() / f(x).abs().max()).item()
+    return found
+
+
+def axes(seed: int, images: Images) -> Numbers:
+    """What a norm of images does beside one of features that is given each pixel as a sample.
+
+    `pixels`: the largest difference between BatchNorm2d and BatchNorm1d of (N·H·W, C); `images`:
+    the largest difference from statistics of each image by itself (instance norm).
+    """
+    torch.manual_seed(seed)
+    start = 64 * seed % (len(images.train_images) - 63)
+    x = nn.Conv2d(1, 6, 5)(images.train_images[start : start + 64]).detach()
+    y = batchnorm.BatchNorm2d(6)(x)
+    rows = batchnorm.BatchNorm1d(6)(x.movedim(1, -1).reshape(-1, 6))
+    as_pixels = rows.reshape(*y.movedim(1, -1).shape).movedim(-1, 1)
+    features = torch.randn(64, 5)
+    by_hand = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-5).sqrt()
+    return {
+        "pixels": (y - as_pixels).abs().max().item(),
+        "images": (y - F.instance_norm(x)).abs().max().item(),
+        "features": (batchnorm.BatchNorm1d(5)(features) - by_hand).abs().max().item(),
+    }
+
+
+def speed(seed: int, images: Images, *, arm: str, steps: int, batch_size: int) -> Numbers:
+    """Examples per second of training LeNet, the median over the steps."""
+    model = fitting.start("lenet", arm, seed).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seconds = []
+    for step in range(WARM_UP + steps):
+        first = step * batch_size % (len(images.train_images) - batch_size + 1)
+        inputs = images.train_images[first : first + batch_size]
+        labels = images.train_labels[first : first + batch_size]
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+    return {"examples_per_second": batch_size / statistics.median(seconds[WARM_UP:])}
+
+
+def defects(
+    seed: int, images: Images, *, train_images: int, epochs: int, learning_rate: float
+) -> Numbers:
+    """What each defect of the note's layer does, in a LeNet trained with it.
+
+    `accuracy` on test images without gradients, as the note evaluates; `reloaded`: after
+    `load_state_dict` into a new network; `with_gradients`: of images one class at a time, in
+    `eval()` with gradients on, where the batch's own statistics normalize; `untrained_scale`: what
+    an evaluation before training multiplies by; `parameters` of all its norms.
+    """
+    batches = TensorBatches(images, 64, train_images)
+    model = fitting.start("lenet", "batch-note", seed)
+    fitting.fit(model, batches, learning_rate, [seed] * epochs)
+    other = fitting.start("lenet", "batch-note", seed + 1)
+    other.load_state_dict(model.state_dict())
+    layers = [m for m in model.modules() if isinstance(m, NoteBatchNorm)]
+    with torch.no_grad():
+        scale = NoteBatchNorm()(torch.ones(2, 1)).mean().item()
+    return {
+        "accuracy": _accuracy(model, images),
+        "reloaded": _accuracy(other, images),
+        "with_gradients": _accuracy_by_class(model, images),
+        "untrained_scale": scale,
+        "parameters": sum(p.numel() for layer in layers for p in layer.parameters()),
+    }
+
+
+def _accuracy(model: nn.Module, images: Images) -> float:
+    inputs, labels = images.test_images[:TESTED], images.test_labels[:TESTED]
+    pairs = zip(inputs.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+    return evaluate(model, pairs, "cpu")[1]
+
+
+def _accuracy_by_class(model: nn.Module, images: Images) -> float:
+    """In `eval()`, gradients on, batches of one class: a layer that obeys `eval()` does not mind."""
+    twin = copy.deepcopy(model).eval()
+    right = 0
+    inputs, labels = images.test_images[:TESTED], images.test_labels[:TESTED]
+    for label in labels.unique():
+        right += int((twin(inputs[labels == label]).argmax(1) == label).sum())
+    return right / len(inputs)
+
+
+def predictiveness(
+    seed: int,
+    images: Images,
+    *,
+    arm: str,
+    train_images: int,
+    learning_rate: float,
+    every: int,
+    reach: float,
+) -> Numbers:
+    """How much the loss and the gradient change along the gradient (Santurkar et al. 2018, Fig. 4).
+
+    At every so many steps, on the step's batch: the loss at x − t·g for t up to `reach` times the
+    learning rate; `loss_range` is the largest less the smallest, and `gradient_change` the largest
+    ‖g(x − t·g) − g(x)‖ / ‖g(x)‖. Means over the steps.
+    """
+    batches = TensorBatches(images, 64, train_images)
+    model = fitting.start("lenet", arm, seed)
+    inputs, labels = next(batches.train(seed, 1))
+    ranges: list[float] = []
+    changes: list[float] = []
+
+    def look(step: int) -> None:
+        if step % every == 0:
+            loss_range, change = _along_gradient(model, inputs, labels, learning_rate * reach)
+            ranges.append(loss_range)
+            changes.append(change)
+
+    fitting.fit(model, batches, learning_rate, [seed], after_step=look)
+    if not ranges:
+        raise BatchNormError(
+            f"predictiveness looks every {every} steps, and there are {batches.steps_per_epoch}. "
+            "Give more train_images."
+        )
+    return {
+        "loss_range": statistics.fmean(ranges),
+        "gradient_change": statistics.fmean(changes),
+        "loss_ranges": ranges,
+        "gradient_changes": changes,
+    }
+
+
+def _along_gradient(
+    model: nn.Module, inputs: Tensor, labels: Tensor, farthest: float
+) -> tuple[float, float]:
+    twin = copy.deepcopy(model)
+    parameters = list(twin.parameters())
+    here, first = _loss_and_gradient(twin, parameters, inputs, labels)
+    losses, changes, moved = [here], [0.0], 0.0
+    size = math.sqrt(sum(float(g.square().sum()) for g in first))
+    for share in (0.25, 0.5, 0.75, 1.0):
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, first, strict=True):
+                parameter.sub_((share * farthest - moved) * gradient)
+        moved = share * farthest
+        loss, gradients = _loss_and_gradient(twin, parameters, inputs, labels)
+        gap = sum(float((g - f).square().sum()) for g, f in zip(gradients, first, strict=True))
+        losses.append(loss)
+        changes.append(math.sqrt(gap) / size)
+    return max(losses) - min(losses), max(changes)
+
+
+def _loss_and_gradient(
+    model: nn.Module, parameters: list[nn.Parameter], inputs: Tensor, labels: Tensor
+) -> tuple[float, tuple[Tensor, ...]]:
+    loss = F.cross_entropy(model(inputs), labels)
+    return loss.item(), torch.autograd.grad(loss, parameters)
+
+
+def figure_1(
+    seed: int, images: Images, *, arm: str, train_images: int, steps: int, learning_rate: float
+) -> Numbers:
+    """Ioffe & Szegedy's Figure 1: an MLP of 3×100 sigmoid units, batch 60, SGD without decay.
+
+    Test accuracy over the steps, and the 15th, 50th and 85th percentiles of what goes into one
+    sigmoid of the last hidden layer; `drift`: the standard deviation of the median over the second
+    half of training, relative to the mean width from the 15th to the 85th.
+    """
+    batches = TensorBatches(images, 60, train_images)
+    model = fitting.start("mlp", arm, seed)
+    percentiles: list[tuple[float, ...]] = []
+    accuracies: list[float] = []
+    seen = images.test_images[:1_000]
+    every = max(1, steps // 20)
+    epochs = math.ceil(steps / batches.steps_per_epoch)
+
+    def look(step: int) -> None:
+        if step % every == 0:
+            percentiles.append(_percentiles(model, seen))
+            accuracies.append(_accuracy(model, images))
+
+    fitting.fit(model, batches, learning_rate, [seed] * epochs, decays=False, after_step=look)
+    low, middle, high = (list(column) for column in zip(*percentiles, strict=True))
+    late = len(middle) // 2
+    width = statistics.fmean(h - w for h, w in zip(high[late:], low[late:], strict=True))
+    return {
+        "accuracy": accuracies[-1],
+        "early_accuracy": accuracies[len(accuracies) // 5],
+        "drift": statistics.stdev(middle[late:]) / width,
+        "test_accuracy": accuracies,
+        "low": low,
+        "middle": middle,
+        "high": high,
+    }
+
+
+def _percentiles(model: nn.Module, inputs: Tensor) -> tuple[float, ...]:
+    """Of what goes into the first sigmoid of the last hidden layer."""
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[Tensor], _output: Tensor) -> None:
+        kept.append(args[0][:, 0])
+
+    hook = model.get_submodule("activation3").register_forward_hook(keep)
+    with evaluating(model):
+        model(inputs)
+    hook.remove()
+    return tuple(kept[0].quantile(torch.tensor([0.15, 0.5, 0.85])).tolist())
+
+
+def _trained(
+    seed: int, images: Images, train_images: int, epochs: int, learning_rate: float
+) -> nn.Module:
+    """A LeNet with batch norm."""
+    batches = TensorBatches(images, 64, train_images)
+    return fitting.fit(
+        fitting.start("lenet", "batch", seed), batches, learning_rate, [seed] * epochs
+    )
