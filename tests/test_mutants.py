@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import test_axis
 import test_evaluation
 import test_layers
+import test_mask
 import test_views
-from batchnorm import kernels, layers, reference
+from batchnorm import functional, kernels, layers, masks, reference
+from batchnorm.kernels import verbs
 from batchnorm.lab import summary as lab_summary
 from batchnorm.model import recalibration
 from batchnorm.views import verdict
@@ -101,6 +104,47 @@ def test_statistics_of_each_image_by_itself_are_seen(monkeypatch):
         a_pixel_is_a_sample()
 
 
+def the_mask_test():
+    test_mask.test_it_is_batch_norm_of_the_packed_values((4, 3, 7), "C channels", torch.float64)
+
+
+def all_of_it(right):
+    return lambda x, keep: right(x, torch.ones_like(keep))
+
+
+def without_bessel(running_mean, running_var, count, mean, squares, momentum):
+    masks_update(running_mean, running_var, count + 1, mean, squares, momentum)
+
+
+masks_update = masks.update_running
+MASKS = {
+    "padding in the statistics": (verbs, "moments", all_of_it(verbs.moments), the_mask_test),
+    "Bessel's factor by another count": (masks, "update_running", without_bessel, the_mask_test),
+    "statistics that move for one value": (
+        masks, "update_running",
+        lambda mean, var, count, *rest: masks_update(mean, var, count.clamp(min=2), *rest),
+        test_mask.test_nothing_left_and_one_value_left,
+    ),
+    "padding that is not 0": (
+        masks, "fit", lambda _mask, x, *_: torch.ones_like(x, dtype=torch.bool),
+        test_mask.test_nan_beneath_the_mask_reaches_nothing,
+    ),
+    "channels moved to the wrong place": (
+        functional, "channels_on_axis_1",
+        lambda x, axis, flat: x.reshape(-1, x.shape[axis]) if flat else x.movedim(axis, 1),
+        lambda: test_axis.test_any_axis((2, 5, 3, 4), 2, torch.float64),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name", "fault", "oracle"), MASKS.values(), ids=MASKS)
+def test_a_fault_in_mask_or_axis_is_seen(monkeypatch, module, name, fault, oracle):
+    oracle()
+    monkeypatch.setattr(module, name, fault)
+    with pytest.raises(AssertionError):
+        oracle()
+
+
 def naive_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.mean((0, *range(2, x.dim())))
     return mean, x.square().mean((0, *range(2, x.dim()))) - mean.square()
@@ -116,9 +160,9 @@ def test_a_variance_of_one_pass_is_seen(monkeypatch):
 def test_a_counter_that_starts_at_zero_is_seen(monkeypatch):
     right = layers.Forward._normalize_and_average
 
-    def late(self, x, residual, activation):
+    def late(self, *arguments):
         self.num_batches_tracked.add_(1)
-        return right(self, x, residual, activation)
+        return right(self, *arguments)
 
     monkeypatch.setattr(layers.Forward, "_normalize_and_average", late)
     pair = test_layers.PAIRS[2]
