@@ -79,25 +79,27 @@ def counted(x: Tensor, mask: Tensor | None = None, axis: int = 1) -> tuple[Tenso
     return x.movedim(axis, 1), keep
 
 
+def called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """`counted` of what a layer is called with, whatever its first argument is named."""
+    given = dict(zip(("mask", "axis"), args[1:], strict=False)) | kwargs
+    x = args[0] if args else next(iter(kwargs.values()))
+    x, keep = counted(x, given.get("mask"), given.get("axis", 1))
+    if keep is not None and keep.shape[1] != 1:
+        raise BatchNormError(
+            "got a mask with a place for every channel, and only one for all channels leaves them "
+            "the same count of values, of which batches are merged. Pass a mask without channels."
+        )
+    return x, keep
+
+
 def values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a layer that is called so takes the moments of, with the channels on axis 1.
 
     Raises:
         BatchNormError: a mask with a place for every channel, which leaves them different counts.
     """
-    x = args[0] if args else next(iter(kwargs.values()))
-    given = dict(zip(("mask", "axis"), args[1:], strict=False)) | kwargs
-    if not isinstance(x, Tensor):
-        return x  # type: ignore[no-any-return]  # whatever it is, it is the layer's to refuse
-    x, keep = counted(x, given.get("mask"), given.get("axis", 1))
-    if keep is None:
-        return x
-    if keep.shape[1] != 1:
-        raise BatchNormError(
-            "got a mask with a place for every channel, and only one for all channels leaves them "
-            "the same count of values, of which batches are merged. Pass a mask without channels."
-        )
-    return x.movedim(1, -1)[keep[:, 0]]
+    x, keep = called(args, kwargs)
+    return x if keep is None else x.movedim(1, -1)[keep[:, 0]]
 
 
 def fit(mask: Tensor, x: Tensor, axis: int = 1) -> Tensor:

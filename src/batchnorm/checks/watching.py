@@ -31,7 +31,7 @@ from batchnorm.checks.rules.state import initial
 from batchnorm.checks.subject import Subject, Training
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.kernels.native import transformed
-from batchnorm.model.discovery import batch_norms
+from batchnorm.model.discovery import SYNCHRONISED, batch_norms
 from batchnorm.model.freezing import SET_ASIDE
 from batchnorm.model.recalibration import Moments
 
@@ -263,7 +263,7 @@ class _Root:
             self._layers.append(layer)
             if _loaded_without_counter(layer):
                 self.seen.filled.add(layer)
-            if isinstance(layer, nn.SyncBatchNorm):
+            if isinstance(layer, SYNCHRONISED):
                 self._synced[layer] = 0
 
     def parameters(self) -> set[int]:
@@ -317,6 +317,8 @@ class _Root:
     def _look(self, layer: Any, x: Tensor) -> None:
         if not _forgotten(layer) and layer not in self.seen.filled:
             return
+        if x.shape[1] != layer.num_features:
+            return  # called with axis=, which is not seen here
         batch = Moments()
         batch.merge(*kernels.moments(x), x.numel() // x.shape[1])
         # of a mean 1 / n of a variance, of a log deviation 1 / 2n; a sample's pixels are one value

@@ -264,7 +264,7 @@ def _thaw(layer: _BatchNorm) -> None:
         return
     switches, training = layer._switches, layer._asked_to_train  # noqa: SLF001  # our own
     del layer._switches, layer._asked_to_train  # noqa: SLF001
-    unmix(layer)
+    unmix(layer, Frozen)
     layer.track_running_stats = switches.tracked
     for parameter, required in zip((layer.weight, layer.bias), switches.required_grad, strict=True):
         if parameter is not None and required is not None:
