@@ -20,6 +20,7 @@ from batchnorm.layers import (
     BatchNormAct3d,
 )
 from batchnorm.model.account import Change, Changes, changes
+from batchnorm.model.accumulation import accumulate
 from batchnorm.model.agreement import synchronize_buffers
 from batchnorm.model.conversion import convert
 from batchnorm.model.counting import one_update
@@ -56,6 +57,7 @@ __all__ = [
     "Finding",
     "Findings",
     "SyncBatchNorm",
+    "accumulate",
     "backend",
     "batch_norm",
     "changes",
