@@ -52,7 +52,7 @@ def accumulate(
     batches = list(micro_batches)
     if not batches:
         raise BatchNormError("accumulate got no micro-batch and wants one or more.")
-    layers = {
+    layers: dict[nn.Module, str] = {
         norm: name
         for name, norm in batch_norms(model).items()
         if norm.training or norm.running_mean is None
@@ -67,12 +67,12 @@ def accumulate(
 
     with eagerly():
         works = [partial(work, place) for place in range(len(batches))]
-        in_lockstep(works, dict(layers), partial(_intercepted, layers))
+        in_lockstep(works, layers, partial(_intercepted, layers))
     total: Tensor = torch.stack(losses).sum()
     return total
 
 
-def _refuse_synchronised(layers: dict[Any, str]) -> None:
+def _refuse_synchronised(layers: dict[nn.Module, str]) -> None:
     for layer, name in layers.items():
         own = isinstance(layer, SyncBatchNorm) and several(layer.process_group)
         if own or isinstance(layer, nn.SyncBatchNorm):
@@ -83,7 +83,7 @@ def _refuse_synchronised(layers: dict[Any, str]) -> None:
 
 
 @contextmanager
-def _intercepted(layers: dict[Any, str], lockstep: Lockstep) -> Iterator[None]:
+def _intercepted(layers: dict[nn.Module, str], lockstep: Lockstep) -> Iterator[None]:
     """Inside, the norms' own computation is the lockstep's; everything around it stays."""
     try:
         for layer, name in layers.items():

@@ -41,7 +41,7 @@ def _mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _is_mixed(cls: type[nn.Module]) -> bool:
-    return _CLASSES.get(cls.__bases__[:2]) is cls  # type: ignore[call-overload, no-any-return]
+    return len(cls.__bases__) == 2 and _CLASSES.get((cls.__bases__[0], cls.__bases__[1])) is cls
 
 
 def _without(cls: type[nn.Module], mixin: type[Mixin]) -> type[nn.Module]:

@@ -24,7 +24,7 @@ class Float32(Mixin, _BatchNorm):
             # from t itself: what was rounded to half does not come back
             return t.to(cast.device, torch.float32) if cast.dtype in HALVES else cast
 
-        return super()._apply(kept, recurse)
+        return super()._apply(kept, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def keep_float32(

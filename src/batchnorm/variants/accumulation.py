@@ -91,11 +91,19 @@ class Joint(torch.autograd.Function):
         return dweight, dbias, None, None, *dxs
 
 
-def _before(activation: str | None, dy: Tensor, x: Tensor, *affine: Any) -> Tensor:
+def _before(
+    activation: str | None,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
     """The gradient in front of the activation, whose input is computed again."""
     if activation is None:
         return dy
-    y = normalized(x, *affine, None).requires_grad_()
+    y = normalized(x, mean, invstd, weight, bias, None).requires_grad_()
     with torch.enable_grad():
         z = ACTIVATIONS[activation](y)
     (g,) = torch.autograd.grad(z, y, dy)
