@@ -78,13 +78,19 @@ class Joint(torch.autograd.Function):
         weight, bias, count, mean, invstd, *xs = ctx.saved_tensors
         affine = (mean, invstd, weight, bias)
         # behind the micro-batches' stand the moments', which are none
-        gs = [_before(ctx.activation, dy, x, *affine) for dy, x in zip(dys, xs, strict=False)]
-        sums = [verbs.reduce_gradient(g, x, mean) for g, x in zip(gs, xs, strict=True)]
+        pairs = list(zip(dys, xs, strict=False))
+        # g is computed twice: kept for all micro-batches it would be as large as the large batch
+        sums = [
+            verbs.reduce_gradient(_before(ctx.activation, dy, x, *affine), x, mean)
+            for dy, x in pairs
+        ]
         total, dot = (sum(each) for each in zip(*sums, strict=True))
         shares = (total / count.clamp(min=1), dot / count.clamp(min=1))
         dxs = [
-            verbs.input_gradient(g, x, mean, invstd, weight, *shares)
-            for g, x in zip(gs, xs, strict=True)
+            verbs.input_gradient(
+                _before(ctx.activation, dy, x, *affine), x, mean, invstd, weight, *shares
+            )
+            for dy, x in pairs
         ]
         dweight = (dot * invstd).to(weight.dtype) if ctx.needs_input_grad[0] else None
         dbias = total.to(bias.dtype) if ctx.needs_input_grad[1] else None
