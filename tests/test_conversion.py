@@ -60,14 +60,15 @@ def test_to_sync_and_back():
     expected = model(images())
     weight = model[1].weight
     batchnorm.convert(model, "sync")
-    assert type(model[1]) is nn.SyncBatchNorm
+    assert type(model[1]) is batchnorm.SyncBatchNorm
     assert model[1].weight is weight
     assert not model[1].training
     torch.testing.assert_close(model(images()), expected)
     batchnorm.convert(model)
-    assert type(model[1]) is batchnorm.BatchNorm
+    assert type(model[1]) is batchnorm.BatchNorm2d
     torch.testing.assert_close(model(images()), expected)
-    model.train()(images())
+    model = nn.Sequential(batchnorm.BatchNorm(8))
+    model(torch.randn(2, 8, 3))
     batchnorm.convert(model, "torch")
     reason = str(batchnorm.changes(model))
     assert "of any rank, and torch.nn has a layer for each" in reason

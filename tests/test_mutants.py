@@ -4,12 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
+import test_accumulation
+import test_axis
+import test_counting
 import test_evaluation
 import test_layers
+import test_mask
+import test_sync
+import test_verbs
 import test_views
-from batchnorm import kernels, layers, reference
+from batchnorm import functional, kernels, layers, masks, reference
+from batchnorm.kernels import verbs
 from batchnorm.lab import summary as lab_summary
-from batchnorm.model import recalibration
+from batchnorm.model import counting, precision, recalibration
+from batchnorm.variants import accumulation, sync
 from batchnorm.views import verdict
 
 
@@ -101,6 +109,132 @@ def test_statistics_of_each_image_by_itself_are_seen(monkeypatch):
         a_pixel_is_a_sample()
 
 
+def the_mask_test():
+    test_mask.test_it_is_batch_norm_of_the_packed_values((4, 3, 7), "C channels", torch.float64)
+
+
+def all_of_it(right):
+    return lambda x, keep: right(x, torch.ones_like(keep))
+
+
+def without_bessel(running_mean, running_var, count, mean, squares, momentum):
+    masks_update(running_mean, running_var, count + 1, mean, squares, momentum)
+
+
+masks_update = masks.update_running
+MASKS = {
+    "padding in the statistics": (verbs, "moments", all_of_it(verbs.moments), the_mask_test),
+    "Bessel's factor by another count": (masks, "update_running", without_bessel, the_mask_test),
+    "statistics that move for one value": (
+        masks, "update_running",
+        lambda mean, var, count, *rest: masks_update(mean, var, count.clamp(min=2), *rest),
+        test_mask.test_nothing_left_and_one_value_left,
+    ),
+    "padding that is not 0": (
+        masks, "fit", lambda _mask, x, *_: torch.ones_like(x, dtype=torch.bool),
+        test_mask.test_nan_beneath_the_mask_reaches_nothing,
+    ),
+    "channels moved to the wrong place": (
+        functional, "channels_on_axis_1",
+        lambda x, axis, flat: x.reshape(-1, x.shape[axis]) if flat else x.movedim(axis, 1),
+        lambda: test_axis.test_any_axis((2, 5, 3, 4), 2, torch.float64),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name", "fault", "oracle"), MASKS.values(), ids=MASKS)
+def test_a_fault_in_mask_or_axis_is_seen(monkeypatch, module, name, fault, oracle):
+    oracle()
+    monkeypatch.setattr(module, name, fault)
+    with pytest.raises(AssertionError):
+        oracle()
+
+
+def merged_without_the_gap(parts):
+    count, mean, squares = parts.unbind(1)
+    return count.sum(0), (mean * count).sum(0) / count.sum(0).clamp(min=1), squares.sum(0)
+
+
+def merged_without_weights(parts):
+    count, mean, _ = parts.unbind(1)
+    return count.sum(0), mean.mean(0), sync_merge(parts)[2]
+
+
+def without_means(*arguments):
+    *first, total, dot = arguments[:7]
+    return input_gradient(*first, total * 0, dot, *arguments[7:])
+
+
+def without_invstd(dy, x, mean, invstd, *rest):
+    return input_gradient(dy, x, mean, torch.ones_like(invstd), *rest)
+
+
+def of_each_by_itself(parts):
+    return sync_merge(parts[:1])
+
+
+def every_pass(self):
+    self.layer.num_batches_tracked.add_(1)
+    moved(self)
+
+
+sync_merge, input_gradient, moved = sync.merge, verbs.input_gradient, counting._Gathered.move
+FAMILY = {
+    "merged without the gap between means": (
+        sync, "merge", merged_without_the_gap,
+        test_sync.test_merged_moments_are_those_of_the_joined_batch,
+    ),
+    "merged with every part alike": (
+        sync, "merge", merged_without_weights,
+        test_sync.test_merged_moments_are_those_of_the_joined_batch,
+    ),
+    "an input gradient without the mean": (
+        verbs, "input_gradient", without_means,
+        lambda: test_verbs.test_shares_of_a_larger_batch("kernels", pytest.MonkeyPatch()),
+    ),
+    "an input gradient without the deviation": (
+        verbs, "input_gradient", without_invstd,
+        lambda: test_verbs.test_shares_of_a_larger_batch("kernels", pytest.MonkeyPatch()),
+    ),
+    "micro-batches with the moments of the first": (
+        accumulation, "merge", of_each_by_itself,
+        lambda: test_accumulation.test_it_is_the_large_batch(torch.nn.BatchNorm2d, [2, 2, 2]),
+    ),
+    "an activation's gradient left out": (
+        accumulation, "_before", lambda _activation, dy, *_: dy,
+        lambda: test_accumulation.test_fused_and_in_place(torch.nn.SiLU),
+    ),
+    "a recipe that is not what was kept": (
+        accumulation, "normalized",
+        lambda *arguments: normalized(*arguments)
+        * (1 if torch._C._current_graph_task_id() == -1 else 2),
+        lambda: test_accumulation.test_fused_and_in_place(torch.nn.ReLU),
+    ),
+    "a counter that moves twice": (
+        counting._Gathered, "move", every_pass,
+        lambda: test_counting.TestOneUpdate().test_both_at_once(),
+    ),
+    "micro-batches that weigh alike": (
+        counting, "_together", lambda _layer, count: min(count, 2),
+        lambda: test_counting.TestOneUpdate().test_micro_batches_count_as_the_large_batch(
+            torch.nn.BatchNorm2d, 0.1
+        ),
+    ),
+    "a cast that is not held up": (
+        precision, "HALVES", set(),
+        lambda: test_counting.TestKeepFloat32().test_where_a_bfloat16_mean_stands_still(),
+    ),
+}  # fmt: skip
+normalized = accumulation.normalized
+
+
+@pytest.mark.parametrize(("module", "name", "fault", "oracle"), FAMILY.values(), ids=FAMILY)
+def test_a_fault_in_the_family_is_seen(monkeypatch, module, name, fault, oracle):
+    monkeypatch.setattr(module, name, fault)
+    with pytest.raises(AssertionError):
+        oracle()
+
+
 def naive_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.mean((0, *range(2, x.dim())))
     return mean, x.square().mean((0, *range(2, x.dim()))) - mean.square()
@@ -116,9 +250,9 @@ def test_a_variance_of_one_pass_is_seen(monkeypatch):
 def test_a_counter_that_starts_at_zero_is_seen(monkeypatch):
     right = layers.Forward._normalize_and_average
 
-    def late(self, x, residual, activation):
+    def late(self, *arguments):
         self.num_batches_tracked.add_(1)
-        return right(self, x, residual, activation)
+        return right(self, *arguments)
 
     monkeypatch.setattr(layers.Forward, "_normalize_and_average", late)
     pair = test_layers.PAIRS[2]

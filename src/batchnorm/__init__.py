@@ -20,13 +20,20 @@ from batchnorm.layers import (
     BatchNormAct3d,
 )
 from batchnorm.model.account import Change, Changes, changes
+from batchnorm.model.accumulation import accumulate
+from batchnorm.model.agreement import synchronize_buffers
 from batchnorm.model.conversion import convert
+from batchnorm.model.counting import one_update
 from batchnorm.model.folding import fold
 from batchnorm.model.freezing import freeze, freeze_like, no_update, unfreeze, update_once
 from batchnorm.model.inventory import summary
 from batchnorm.model.masking import masked
 from batchnorm.model.parameters import param_groups
+from batchnorm.model.precision import keep_float32
 from batchnorm.model.recalibration import recalibrate
+from batchnorm.model.single import single_values
+from batchnorm.variants.along import BatchNormAlong
+from batchnorm.variants.sync import SyncBatchNorm
 
 if TYPE_CHECKING:
     from batchnorm.checks.checking import check
@@ -43,11 +50,14 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "BatchNormAlong",
     "BatchNormError",
     "Change",
     "Changes",
     "Finding",
     "Findings",
+    "SyncBatchNorm",
+    "accumulate",
     "backend",
     "batch_norm",
     "changes",
@@ -57,11 +67,15 @@ __all__ = [
     "fold",
     "freeze",
     "freeze_like",
+    "keep_float32",
     "masked",
     "no_update",
+    "one_update",
     "param_groups",
     "recalibrate",
+    "single_values",
     "summary",
+    "synchronize_buffers",
     "unfreeze",
     "update_once",
     "watch",

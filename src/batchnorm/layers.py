@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.nn.parameter import UninitializedBuffer
 
+from batchnorm import masks
 from batchnorm.errors import BatchNormError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels.activations import ACTIVATIONS
@@ -24,14 +25,22 @@ class Forward(_BatchNorm):
 
     _ranks: tuple[int, ...] = ()  # of the inputs that the layer takes; empty: any from 2
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize input: (N, C, *spatial); update the running statistics in training mode."""
+    def forward(self, input: Tensor, mask: Tensor | None = None, axis: int = 1) -> Tensor:
+        """Normalize input: (N, C, *spatial); update the running statistics in training mode.
+
+        mask: True where a value counts; axis: where the channels stand. See `batchnorm.batch_norm`.
+        """
         if isinstance(input, fx.Proxy):
-            return self._as_leaf(input)
-        return self.normalize(input)
+            return self._as_leaf(input, mask, axis)
+        return self.normalize(input, None, None, mask, axis)
 
     def normalize(
-        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        mask: Tensor | None = None,
+        axis: int = 1,
     ) -> Tensor:
         """The forward pass, and in the same sweep what follows it: activation(y + residual)."""
         self._check_input_dim(input)
@@ -43,13 +52,17 @@ class Forward(_BatchNorm):
         if not self.training:
             # without running statistics evaluation, too, takes the batch's
             by_batch = running_mean is None and running_var is None
-            return self._normalize(input, running_mean, running_var, by_batch, residual, activation)
+            return self._normalize(
+                input, running_mean, running_var, by_batch, residual, activation, mask, axis
+            )
         if not self.track_running_stats:
-            return self._normalize(input, None, None, True, residual, activation)
+            return self._normalize(input, None, None, True, residual, activation, mask, axis)
         counter = self.num_batches_tracked
         if self.momentum is None and counter is not None:
-            return self._normalize_and_average(input, residual, activation)
-        y = self._normalize(input, running_mean, running_var, True, residual, activation)
+            return self._normalize_and_average(input, residual, activation, mask, axis)
+        y = self._normalize(
+            input, running_mean, running_var, True, residual, activation, mask, axis
+        )
         if counter is not None:
             counter.add_(1)
         return y
@@ -62,6 +75,8 @@ class Forward(_BatchNorm):
         by_batch: bool,
         residual: Tensor | None,
         activation: str | None,
+        mask: Tensor | None,
+        axis: int,
     ) -> Tensor:
         parameters = self._parameters
         return batch_norm(
@@ -74,12 +89,19 @@ class Forward(_BatchNorm):
             # a layer that has neither momentum nor a counter leaves its statistics alone, as torch's
             0.0 if self.momentum is None else self.momentum,
             self.eps,
+            mask=mask,
             residual=residual,
             activation=activation,
+            axis=axis,
         )
 
     def _normalize_and_average(
-        self, x: Tensor, residual: Tensor | None, activation: str | None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        mask: Tensor | None,
+        axis: int,
     ) -> Tensor:
         """running ← running + (batch − running) / t: after t batches their plain average.
 
@@ -89,17 +111,19 @@ class Forward(_BatchNorm):
         assert self.running_mean is not None  # noqa: S101  # for the type checker
         assert self.running_var is not None  # noqa: S101
         assert self.num_batches_tracked is not None  # noqa: S101
-        mean = torch.zeros_like(self.running_mean)
-        var_unbiased = torch.zeros_like(self.running_var)
-        # momentum 1: what comes back in the buffers is the batch's statistics alone
+        # momentum 1: what comes back in the buffers is the batch's statistics alone, and where a
+        # mask leaves a channel none of its own, the running ones
+        start = torch.zeros_like if mask is None else torch.clone
+        mean, var_unbiased = start(self.running_mean), start(self.running_var)
         y = batch_norm(
             x, mean, var_unbiased, self.weight, self.bias, True, 1.0, self.eps,
-            residual=residual, activation=activation,
+            mask=mask, residual=residual, activation=activation, axis=axis,
         )  # fmt: skip
-        self.num_batches_tracked.add_(1)
+        self.num_batches_tracked.add_(1 if mask is None else mask.any())
         # a count as int64 would be inverted in float32, and counts end at 256 in bfloat16
         wide = torch.float64 if mean.dtype == torch.float64 else torch.float32
-        share = self.num_batches_tracked.to(wide).reciprocal().to(mean.dtype)
+        count = self.num_batches_tracked.to(wide)
+        share = (count if mask is None else count.clamp(min=1)).reciprocal().to(mean.dtype)
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(var_unbiased, share)
         return y
@@ -115,11 +139,12 @@ class Forward(_BatchNorm):
             f"{tuple(input.shape)}). Use the layer of that rank, or batchnorm.BatchNorm for any."
         )
 
-    def _as_leaf(self, input: fx.Proxy) -> Any:
+    def _as_leaf(self, input: fx.Proxy, mask: Any = None, axis: int = 1) -> Any:
         """Stay one node under symbolic tracing, as torch.nn's layers do."""
         tracer = input.tracer
         assert isinstance(tracer, fx.Tracer)  # noqa: S101  # others hand out no Proxy to a module
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        options = ({} if mask is None else {"mask": mask}) | ({} if axis == 1 else {"axis": axis})
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), options)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise BatchNormError(
@@ -269,13 +294,32 @@ class BatchNormAct(nn.Module):
         )
         self.register_load_state_dict_pre_hook(_of_a_plain_norm)  # type: ignore[no-untyped-call]
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """input: (N, C, *spatial); the residual of that shape, or one that becomes it."""
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        axis: int = 1,
+    ) -> Tensor:
+        """input: (N, C, *spatial); the residual of that shape, or one that becomes it.
+
+        mask: True where a value counts; axis: where the channels stand. See `batchnorm.batch_norm`.
+        """
+        if mask is not None or axis != 1:
+            return self._forward(input, residual, mask, axis)
         if has_any_global_hook():  # which waits for a call of the norm
             y: Tensor = self.norm(input)
             y = y if residual is None else y + residual
             return y if self.activation is None else ACTIVATIONS[self.activation](y)
         return fused(self.norm, input, residual, self.activation)
+
+    def _forward(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, axis: int
+    ) -> Tensor:
+        y: Tensor = self.norm(input, mask=mask, axis=axis)
+        y = y if residual is None else y + residual
+        y = y if self.activation is None else ACTIVATIONS[self.activation](y)
+        return y if mask is None else torch.where(masks.fit(mask, input, axis), y, 0)
 
     def extra_repr(self) -> str:
         """The activation."""
@@ -333,11 +377,14 @@ class _BatchNormWithoutSize(_LazyNormBase, BatchNorm):
 
     cls_to_become = BatchNorm
 
-    def initialize_parameters(self, input: Tensor) -> None:
+    def initialize_parameters(
+        self, input: Tensor, mask: Tensor | None = None, axis: int = 1
+    ) -> None:
+        del mask
         self._check_input_dim(input)
-        super().initialize_parameters(input)
+        super().initialize_parameters(input.movedim(axis, 1))
         # torch sets it only where something was uninitialized: not after a state dict was loaded
-        self.num_features = input.shape[1] if self.weight is None else self.weight.numel()
+        self.num_features = input.shape[axis] if self.weight is None else self.weight.numel()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_BatchNormWithoutSize":
         # torch copies a parameter without a size, but raises for a buffer without one

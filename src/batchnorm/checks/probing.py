@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import noop_context_fn
 
-from batchnorm import kernels
+from batchnorm import kernels, masks
 from batchnorm.checks.subject import Layer, Probe, Seen, Subject
 from batchnorm.model.calling import generators_kept, unchanged
 from batchnorm.model.recalibration import Collector, Forward, Moments, Pass, run, size_of
@@ -63,8 +63,7 @@ def _look(subject: Subject, batches: list[tuple[Any, int]], forward: Forward, fo
     """Every call of every norm, with the running statistics before it."""
 
     def see(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        found.calls[layer][-1].append(look(x))
+        found.calls[layer][-1].append(look(masks.values(args, kwargs)))
 
     layers = subject.layers.values()
     with ExitStack() as hooks:

@@ -32,7 +32,7 @@ from batchnorm.checks.rules.state import initial
 from batchnorm.checks.subject import Subject, Training
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.kernels.native import transformed
-from batchnorm.model.discovery import batch_norms
+from batchnorm.model.discovery import SYNCHRONISED, batch_norms
 from batchnorm.model.freezing import SET_ASIDE
 from batchnorm.model.recalibration import Moments
 
@@ -292,7 +292,7 @@ class _Root:
             self._layers.append(layer)
             if _loaded_without_counter(layer):
                 self.seen.filled.add(layer)
-            if isinstance(layer, nn.SyncBatchNorm):
+            if isinstance(layer, SYNCHRONISED):
                 self._synced[layer] = 0
 
     def parameters(self) -> set[int]:
@@ -338,6 +338,8 @@ class _Root:
             self._synced[layer] += 1
         if not layer.training or not isinstance(x, Tensor) or x.dim() < 2:
             return
+        if x.shape[1] != layer.num_features:
+            return  # called with axis=, which is not seen here
         if not gradients:
             if updates:
                 self._look_blindly(layer, x)

@@ -57,5 +57,21 @@ def moments(
     statistics: int,
     /,
 ) -> None: ...
+def input_gradient(
+    dtype: int,
+    rows: bool,
+    batch: int,
+    channels: int,
+    plane: int,
+    threads: int,
+    x: int,
+    dy: int,
+    dx: int,
+    weight: int,
+    weight_dtype: int,
+    statistics: int,
+    sums: int,
+    /,
+) -> None: ...
 def isa() -> str: ...
 def has_pool() -> bool: ...

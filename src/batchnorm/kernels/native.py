@@ -351,3 +351,53 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         DTYPES[x.dtype], *layout, torch.get_num_threads(), x.data_ptr(), statistics.data_ptr()
     )
     return statistics[0], statistics[1]
+
+
+def normalize(
+    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """(x − mean) · invstd · weight + bias."""
+    mean, var = mean.double().contiguous(), invstd.double().pow(-2).contiguous()
+    # of one dtype, whatever they were: a kernel takes one code for both
+    weight = None if weight is None else weight.detach().double().contiguous()
+    bias = None if bias is None else bias.detach().double().contiguous()
+    return forward(x, mean, var, weight, bias, False, 0.0, 0.0, None, None, False)[0]
+
+
+def reduce_gradient(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ dy and Σ dy · (x − mean): (C,), float64."""
+    x, layout = _dense(x)
+    dy = _like(dy, x)
+    statistics = torch.ones((3, layout[2]), dtype=torch.float64)  # invstd 1: dweight is dot
+    statistics[0] = mean
+    dot, total = torch.empty((2, layout[2]), dtype=torch.float64)
+    _cpu.backward(
+        DTYPES[x.dtype], *layout, torch.get_num_threads(), x.data_ptr(), dy.data_ptr(), 0, 0, 0, 0,
+        0, DTYPES[torch.float64], dot.data_ptr(), total.data_ptr(), statistics.data_ptr(), True, 0,
+        False,
+    )  # fmt: skip
+    return total, dot
+
+
+def input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    mean_sum: Tensor,
+    mean_dot: Tensor,
+) -> Tensor:
+    """weight · invstd · (dy − mean_sum − (x − mean) · invstd² · mean_dot)."""
+    x, layout = _dense(x)
+    dy = _like(dy, x)
+    dx = torch.empty_like(x)
+    statistics = torch.stack([mean.double(), mean.double(), invstd.double()])  # the second unread
+    # the kernel divides by the count of values that it sees
+    sums = torch.stack([mean_sum, mean_dot]).double() * (x.numel() // layout[2])
+    scale = None if weight is None else weight.detach().contiguous()
+    _cpu.input_gradient(
+        DTYPES[x.dtype], *layout, torch.get_num_threads(), x.data_ptr(), dy.data_ptr(),
+        dx.data_ptr(), _address(scale), _code(scale, None), statistics.data_ptr(), sums.data_ptr(),
+    )  # fmt: skip
+    return dx

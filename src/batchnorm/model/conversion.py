@@ -21,6 +21,7 @@ from batchnorm.model.discovery import (
 )
 from batchnorm.model.freezing import Frozen, freeze_layer
 from batchnorm.model.mixing import Mixin, mix, unmix
+from batchnorm.variants.sync import SyncBatchNorm, plain, synchronised
 
 OURS = {
     nn.BatchNorm1d: layers.BatchNorm1d,
@@ -45,7 +46,12 @@ class _Left(Exception):  # noqa: N818  # a reason, told in the account
 
 
 def convert(
-    model: nn.Module, to: str = "ours", pattern: str | Sequence[str] = "*", *, fuse: bool = False
+    model: nn.Module,
+    to: str = "ours",
+    pattern: str | Sequence[str] = "*",
+    *,
+    fuse: bool = False,
+    process_group: Any = None,
 ) -> nn.Module:
     """Put another kind of layer in the place of each batch norm, in place; return the model.
 
@@ -56,27 +62,26 @@ def convert(
     Args:
         model: any model with batch norm in it.
         to: "ours" (this library's layers; the same outputs), "torch" (torch.nn's; the same
-            outputs), "sync" (torch's SyncBatchNorm; the same outputs in evaluation), "group",
-            "layer" or "instance" norm (statistics of each sample; weight and bias are kept),
+            outputs), "sync" (`SyncBatchNorm`: one batch over all processes, on CPUs, too; "ours" and
+            "torch" lead back to the classes from before), "group", "layer" or "instance" norm (statistics of each sample; weight and bias are kept),
             "frozen" (as `freeze` does, weight and bias, too), or "none".
         pattern: which layers, by name, with * and ?; or several patterns.
         fuse: with "ours": let each layer also do the activation, or the residual sum and the
             activation, that stand behind it in its block's forward. Classes, modules, names and
             hooks stay; in training and in evaluation the outputs are the same. What the traced
             graph does not prove safe stays as it is. `convert(model, to="torch")` undoes it.
+        process_group: with "sync": the processes whose batch is one; None: all.
 
     Returns:
         The model; where it is a batch norm itself, the new layer. `changes` of it names what was
         converted, and what was left and why.
 
     Raises:
-        BatchNormError: a kind that is not known; fuse=True with another than "ours".
+        BatchNormError: a kind that is not known; fuse=True with another than "ours", a process group with
+            another than "sync".
     """
     refuse_no_model(model, "convert")
-    if to not in KINDS:
-        raise BatchNormError(f"convert got to={to!r} and wants one of {', '.join(KINDS)}.")
-    if fuse and to != "ours":
-        raise BatchNormError(f'convert got fuse=True with to={to!r}: only "ours" can be fused.')
+    _check(to, fuse, process_group)
     if to != "ours":
         fusion.unfuse(model)
     made: dict[nn.Module, nn.Module] = {}
@@ -88,6 +93,7 @@ def convert(
             made[layer] = _converted(layer, to)
         except _Left as reason:
             why[layer] = str(reason)
+    _name(wanted, made, process_group)
     model = _replace(model, made)
     taken = fusion.fuse(model) if fuse else {}
     entries = []
@@ -101,6 +107,25 @@ def convert(
     return account.record(
         model, "convert", entries, to=to, **({"fused": len(taken)} if fuse else {})
     )
+
+
+def _check(to: str, fuse: bool, process_group: Any) -> None:
+    if to not in KINDS:
+        raise BatchNormError(f"convert got to={to!r} and wants one of {', '.join(KINDS)}.")
+    if fuse and to != "ours":
+        raise BatchNormError(f'convert got fuse=True with to={to!r}: only "ours" can be fused.')
+    if process_group is not None and to != "sync":
+        raise BatchNormError(f'convert got a process group with to={to!r}: it is for "sync".')
+
+
+def _name(
+    wanted: Mapping[str, nn.Module], made: Mapping[nn.Module, nn.Module], process_group: Any
+) -> None:
+    """Tell the synchronised layers who they are and whom they talk to."""
+    for name, layer in wanted.items():
+        new = made.get(layer)
+        if isinstance(new, SyncBatchNorm):
+            new.label, new.process_group = name, process_group
 
 
 def replace(model: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
@@ -143,18 +168,22 @@ def _converted(layer: Any, to: str) -> nn.Module:
     return nn.Sequential(OrderedDict(norm=norm, act=activation)).train(layer.training)
 
 
-def _to_ours(layer: _BatchNorm) -> nn.Module:
+def _to_ours(layer: _BatchNorm) -> _BatchNorm:
     return _recast(layer, OURS)
 
 
 def _to_torch(layer: _BatchNorm) -> nn.Module:
-    if type(layer) is layers.BatchNorm:
+    if isinstance(layer, SyncBatchNorm) and layer._before is not layers.BatchNorm:  # noqa: SLF001  # our own
+        layer = plain(layer)
+    if type(layer) in {layers.BatchNorm, SyncBatchNorm}:
         raise _Left("of any rank, and torch.nn has a layer for each")
     return _recast(layer, TORCHS)
 
 
-def _recast(layer: _BatchNorm, classes: dict[Any, Any]) -> nn.Module:
+def _recast(layer: _BatchNorm, classes: dict[Any, Any]) -> _BatchNorm:
     """The same object in another class: whoever holds it, or what it holds, notices nothing."""
+    if isinstance(layer, SyncBatchNorm):
+        layer = plain(layer)
     if type(layer) in classes:
         layer.__class__ = classes[type(layer)]
     elif type(layer) not in {*OURS, *OURS.values()}:
@@ -167,7 +196,7 @@ class _Timms(Mixin, layers.Forward):
 
     _ranks = (4,)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # timm's takes no mask
         """act(drop(norm(input)))."""
         if isinstance(input, fx.Proxy):
             return self._as_leaf(input)
@@ -182,7 +211,7 @@ class _Timms(Mixin, layers.Forward):
 def _recast_timms(layer: _BatchNorm, to: str) -> nn.Module:
     """The same object with the activation that it has."""
     if to == "torch" and isinstance(layer, _Timms):
-        unmix(layer)
+        unmix(layer, _Timms)
     elif to == "ours" and not isinstance(layer, _Timms):
         mix(_Timms, layer)
     return layer
@@ -213,8 +242,13 @@ def _to_frozen(layer: _BatchNorm) -> nn.Module:
 
 
 def _to_sync(layer: _BatchNorm) -> nn.Module:
-    synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
-    return synced
+    if isinstance(layer, SyncBatchNorm):
+        return layer
+    if type(layer) not in {*OURS, *OURS.values()}:
+        raise _Left(f"a {type(layer).__name__}, which may do more than batch norm")
+    if type(layer) is nn.SyncBatchNorm:
+        layer = _to_ours(layer)  # its class asks every call for a GPU
+    return synchronised(layer, "", None)
 
 
 def _to_groups(layer: _BatchNorm) -> nn.Module:

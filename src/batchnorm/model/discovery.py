@@ -8,6 +8,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm.errors import BatchNormError
+from batchnorm.variants.sync import SyncBatchNorm
+
+SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
 
 
 def refuse_no_model(model: object, verb: str) -> None:

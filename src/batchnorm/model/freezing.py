@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm import kernels
+from batchnorm import masks
 from batchnorm.errors import BatchNormError
+from batchnorm.kernels import verbs
 from batchnorm.model import account
 from batchnorm.model.account import Change
 from batchnorm.model.discovery import batch_norms, constant_norms, matching, refuse_no_model
@@ -46,38 +47,35 @@ class Frozen(Mixin, _BatchNorm):
         self._asked_to_train = mode
         return super().train(mode and not self._switches.use)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Normalize as the switches say."""
         moves = self._switches.use and self._switches.update and self.track_running_stats
         if not (self._asked_to_train and moves):  # no_update sets track_running_stats, too
-            return super().forward(input)
+            return super().forward(input, *args, **kwargs)
         mean, var = self.running_mean, self.running_var
         assert mean is not None  # noqa: S101  # a layer without statistics is not frozen
         assert var is not None  # noqa: S101
         # copies: backward needs the statistics that normalized, and they move below
         self.running_mean, self.running_var = mean.clone(), var.clone()
         try:
-            y: Tensor = super().forward(input)
+            y: Tensor = super().forward(input, *args, **kwargs)
         finally:
             self.running_mean, self.running_var = mean, var
-        self._update(mean, var, input)
+        self._update(mean, var, *masks.counted(input, *args, **kwargs))
         return y
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, x: Tensor) -> None:
+    def _update(self, mean: Tensor, var: Tensor, x: Tensor, keep: Tensor | None) -> None:
         """running ← (1 − momentum) · running + momentum · batch, the variance unbiased."""
-        count = x.numel() // x.shape[1]
-        if count < 2:
+        if x.numel() < 2 * x.shape[1]:
             return  # one value has no variance
-        batch_mean, batch_var = kernels.moments(x)
         momentum = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if momentum is None:
                 momentum = 1 / int(self.num_batches_tracked)
         share = 0.0 if momentum is None else momentum
-        mean.lerp_(batch_mean.to(mean), share)
-        var.lerp_((batch_var * count / (count - 1)).to(var), share)
+        masks.update_running(mean, var, *verbs.moments(x, keep), share)
 
     def extra_repr(self) -> str:
         usual = super().extra_repr()  # type: ignore[no-untyped-call]
@@ -266,7 +264,7 @@ def _thaw(layer: _BatchNorm) -> None:
         return
     switches, training = layer._switches, layer._asked_to_train  # noqa: SLF001  # our own
     del layer._switches, layer._asked_to_train  # noqa: SLF001
-    unmix(layer)
+    unmix(layer, Frozen)
     layer.track_running_stats = switches.tracked
     for parameter, required in zip((layer.weight, layer.bias), switches.required_grad, strict=True):
         if parameter is not None and required is not None:

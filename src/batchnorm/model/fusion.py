@@ -114,7 +114,7 @@ def unfuse(model: nn.Module) -> None:
     for block in model.modules():
         if isinstance(block, Fused):
             _PLANS.pop(block, None)
-            unmix(block)
+            unmix(block, Fused)
 
 
 def activation_name(module: nn.Module) -> str | None:

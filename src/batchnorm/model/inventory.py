@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from batchnorm import kernels
+from batchnorm import kernels, masks
 from batchnorm.model.calling import eagerly, feed, unchanged
 from batchnorm.model.discovery import batch_norms, constant_norms, refuse_no_model
 from batchnorm.model.freezing import Frozen
@@ -251,7 +251,7 @@ def _look(model: nn.Module, inputs: Any, costs: dict[nn.Module, _Cost]) -> None:
     """Calls, values per channel, and how far the batch's means are from the running ones."""
 
     def see(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = (args[0] if args else next(iter(kwargs.values()))).detach()
+        x = masks.values(args, kwargs).detach()
         cost = costs[layer]
         cost.values.append(x.numel() // x.shape[1] if x.numel() else 0)
         mean, var = layer.running_mean, layer.running_var

@@ -154,6 +154,12 @@ class _Packing:
     ) -> tuple[tuple[Tensor], dict[str, Any]]:
         """(N, C, *spatial) -> (1, C, M, 1, …), of the same rank."""
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        own = args[1:] or kwargs.keys() & {"mask", "axis"}  # this library's layers take them
+        if own:
+            raise BatchNormError(
+                f"masked: the layer {self._name} is called with a mask or an axis of its own, and one "
+                "of the two masks must do. Leave out masked, or the arguments."
+            )
         keep = self._kept.of(x, self._name)
         if keep is None:
             self._places.append((None, x.shape))

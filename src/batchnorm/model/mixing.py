@@ -14,8 +14,7 @@ class Mixin(nn.Module):
     """What is put before a class; copies and pickles find both by name."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        mixin, cls = type(self).__bases__
-        return _rebuild, (mixin, cls), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _rebuild, (_described(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def mix(mixin: type[Mixin], module: nn.Module) -> None:
@@ -23,9 +22,9 @@ def mix(mixin: type[Mixin], module: nn.Module) -> None:
     module.__class__ = _mixed(mixin, type(module))
 
 
-def unmix(module: nn.Module) -> None:
-    """Give a mixed module its own class back."""
-    module.__class__ = own_class(module)
+def unmix(module: nn.Module, mixin: type[Mixin]) -> None:
+    """Take a mixin off again, also from beneath others."""
+    module.__class__ = _without(type(module), mixin)
 
 
 def own_class(module: nn.Module) -> Any:
@@ -41,5 +40,26 @@ def _mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[mixin, cls]
 
 
-def _rebuild(mixin: type[nn.Module], cls: type[nn.Module]) -> nn.Module:
-    return nn.Module.__new__(_mixed(mixin, cls))
+def _is_mixed(cls: type[nn.Module]) -> bool:
+    return len(cls.__bases__) == 2 and _CLASSES.get((cls.__bases__[0], cls.__bases__[1])) is cls
+
+
+def _without(cls: type[nn.Module], mixin: type[Mixin]) -> type[nn.Module]:
+    outermost, inner = cls.__bases__
+    return inner if outermost is mixin else _mixed(outermost, _without(inner, mixin))
+
+
+def _described(cls: type[nn.Module]) -> Any:
+    """A class, or a mixin and what it was put before: what a pickle can find by name."""
+    return (cls.__bases__[0], _described(cls.__bases__[1])) if _is_mixed(cls) else cls
+
+
+def _rebuild(described: Any) -> nn.Module:
+    return nn.Module.__new__(_class_of(described))
+
+
+def _class_of(described: Any) -> type[nn.Module]:
+    if not isinstance(described, tuple):
+        return described  # type: ignore[no-any-return]  # a class
+    mixin, inner = described
+    return _mixed(mixin, _class_of(inner))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm import kernels
+from batchnorm import kernels, masks
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.model import account
 from batchnorm.model.account import Change
@@ -215,7 +215,7 @@ class Collector:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x = masks.values(args, kwargs)
         count = x.numel() // x.shape[1] if x.numel() else 0
         found.calls[layer] += 1
         merged = found.moments.setdefault(layer, Moments())

@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from batchnorm.checks.findings import Level
 from batchnorm.checks.rules import Evidence, Left, rule
 from batchnorm.checks.subject import Layer, Subject, Training
+from batchnorm.model.discovery import SYNCHRONISED
 from batchnorm.model.freezing import Frozen
 
 HALF = {torch.float16, torch.bfloat16}
@@ -113,7 +114,7 @@ def no_running_statistics(subject: Subject) -> Iterator[Evidence]:
     one class another than a mixed one.
     """
     for name, layer in subject.layers.items():
-        if layer.running_mean is None and not isinstance(layer, nn.SyncBatchNorm):
+        if layer.running_mean is None and not isinstance(layer, SYNCHRONISED):
             yield Evidence(name, "track_running_stats=False")
 
 

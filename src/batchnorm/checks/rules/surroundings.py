@@ -8,6 +8,7 @@ from torch import distributed, nn
 from batchnorm.checks.findings import Level
 from batchnorm.checks.rules import Evidence, rule
 from batchnorm.checks.subject import Subject
+from batchnorm.model.discovery import SYNCHRONISED
 
 PER_SAMPLE = {"GradSampleModule", "DPDDP", "DifferentiallyPrivateDistributedDataParallel"}
 
@@ -38,7 +39,7 @@ def statistics_of_one_device(subject: Subject) -> Iterator[Evidence]:
         if isinstance(module, nn.DataParallel) and len(module.device_ids or []) > 1:
             yield Evidence(path, f"DataParallel on {len(module.device_ids)} devices")
         if isinstance(module, nn.parallel.DistributedDataParallel) and not module.broadcast_buffers:
-            unsynced = [n for n, m in subject.tracking() if not isinstance(m, nn.SyncBatchNorm)]
+            unsynced = [n for n, m in subject.tracking() if not isinstance(m, SYNCHRONISED)]
             if unsynced:
                 yield Evidence(
                     path, f"broadcast_buffers=False with {len(unsynced)} unsynchronised norms"

@@ -276,6 +276,27 @@ void moments(int dtype, bool rows, std::int64_t batch, std::int64_t channels, st
   chosen().kernels->moments(job);
 }
 
+// dx from sums that somebody has added up: over more than x holds, scaled to its count of values.
+void input_gradient(int dtype, bool rows, std::int64_t batch, std::int64_t channels,
+                    std::int64_t plane, int threads, Address x, Address dy, Address dx,
+                    Address weight, int weight_dtype, Address statistics, Address sums) {
+  Job job = job_of({dtype, rows, batch, channels, plane, threads}, 0, false);
+  wanted(x && dy && dx && statistics && sums, "x, dy, dx, statistics or sums");
+  const Parameters parameters(channels, weight, 0, known(weight_dtype));
+  job.training = true;
+  job.x = at<void>(x);
+  job.dy = at<void>(dy);
+  job.dx = at<void>(dx);
+  job.mean = at<double>(statistics);
+  job.var = job.mean + channels;
+  job.invstd = job.var + channels;
+  job.weight = parameters.weight.data();
+  job.bias = parameters.bias.data();
+  job.sum = at<double>(sums);
+  job.dot = job.sum + channels;
+  chosen().kernels->input_gradient(job);
+}
+
 }  // namespace
 }  // namespace batchnorm
 
@@ -285,6 +306,7 @@ NB_MODULE(_cpu, m) {
   m.def("forward", &batchnorm::forward, Released());
   m.def("backward", &batchnorm::backward, Released());
   m.def("moments", &batchnorm::moments, Released());
+  m.def("input_gradient", &batchnorm::input_gradient, Released());
   m.def("isa", [] { return std::string(batchnorm::chosen().name); });
   m.def("has_pool", &batchnorm::has_pool);
 }

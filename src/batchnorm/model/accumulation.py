@@ -1,0 +1,137 @@
+"""Gradient accumulation that is the large batch: outputs, gradients and running statistics."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.errors import BatchNormError
+from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.layers import Forward
+from batchnorm.model.account import log
+from batchnorm.model.calling import eagerly
+from batchnorm.model.discovery import activation_of, batch_norms, refuse_no_model
+from batchnorm.variants.accumulation import Arrival, Lockstep, in_lockstep
+from batchnorm.variants.sync import SyncBatchNorm, several
+
+
+def accumulate(
+    model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], micro_batches: Iterable[Any]
+) -> Tensor:
+    """The loss of the large batch, Σ_k loss_fn(model, micro_batch_k), normalized as the large batch.
+
+    Each norm takes mean and variance over all micro-batches, as if they were one batch (see
+    `batchnorm.variants.accumulation` for the equations): outputs, gradients and running statistics are
+    the large batch's, up to rounding. No other layer ever sees more than a micro-batch.
+
+        loss = batchnorm.accumulate(model, lambda m, batch: criterion(m(batch.x), batch.y) / n, batches)
+        loss.backward()
+
+    Each micro-batch runs the model in a thread, one at a time. Kept until the backward pass is what the
+    large batch keeps, less what the norms give, which is computed again; with `convert(model,
+    fuse=True)` that is their activations' outputs, too. Dropout draws other numbers than in one batch.
+
+    Args:
+        model: any model with batch norm in it, in training mode. The micro-batches must call the same
+            norms in the same order.
+        loss_fn: gives the micro-batch's share of the loss, a scalar: for a mean over n samples of all
+            micro-batches, the sum over its own, divided by n.
+        micro_batches: of any sizes, in any form that loss_fn takes.
+
+    Returns:
+        The sum, with the graph of all micro-batches: call `backward()` on it once.
+
+    Raises:
+        BatchNormError: no micro-batch; micro-batches that call different norms; a checkpoint, a mask
+            or a norm synchronised over several processes inside.
+    """
+    refuse_no_model(model, "accumulate")
+    batches = list(micro_batches)
+    if not batches:
+        raise BatchNormError("accumulate got no micro-batch and wants one or more.")
+    layers: dict[nn.Module, str] = {
+        norm: name
+        for name, norm in batch_norms(model).items()
+        if norm.training or norm.running_mean is None
+    }
+    if not layers:
+        log.warning("accumulate: no norm in the model takes the batch's statistics")
+    _refuse_synchronised(layers)
+    losses: list[Any] = [None] * len(batches)
+
+    def work(place: int) -> None:
+        losses[place] = loss_fn(model, batches[place])
+
+    with eagerly():
+        works = [partial(work, place) for place in range(len(batches))]
+        in_lockstep(works, layers, partial(_intercepted, layers))
+    total: Tensor = torch.stack(losses).sum()
+    return total
+
+
+def _refuse_synchronised(layers: dict[nn.Module, str]) -> None:
+    for layer, name in layers.items():
+        own = isinstance(layer, SyncBatchNorm) and several(layer.process_group)
+        if own or isinstance(layer, nn.SyncBatchNorm):
+            raise BatchNormError(
+                f"accumulate: {name!r} is synchronised over processes, and accumulate joins the "
+                'micro-batches of one. Convert it back: convert(model, "ours").'
+            )
+
+
+@contextmanager
+def _intercepted(layers: dict[nn.Module, str], lockstep: Lockstep) -> Iterator[None]:
+    """Inside, the norms' own computation is the lockstep's; everything around it stays."""
+    try:
+        for layer, name in layers.items():
+            ours = isinstance(layer, Forward)
+            call = partial(_meet if ours else _meet_and_activate, lockstep, name, layer)
+            # on the instance: nobody else's layer of that class notices
+            vars(layer)["normalize" if ours else "forward"] = call
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("normalize" if isinstance(layer, Forward) else "forward", None)
+
+
+def _meet(
+    lockstep: Lockstep,
+    name: str,
+    layer: Any,
+    x: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+    axis: int = 1,
+) -> Tensor:
+    _refuse_what_is_not_joined(name, mask)
+    layer._check_input_dim(x)  # noqa: SLF001  # torch has no public way
+    if residual is None:
+        y = lockstep.meet(Arrival(layer, x.movedim(axis, 1), activation))
+        return y.movedim(1, axis)
+    y = lockstep.meet(Arrival(layer, x.movedim(axis, 1), None)).movedim(1, axis) + residual
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def _meet_and_activate(lockstep: Lockstep, name: str, layer: Any, x: Tensor) -> Any:
+    """torch.nn's layer, or one like timm's that goes on with an activation."""
+    return activation_of(layer)(_meet(lockstep, name, layer, x))
+
+
+def _refuse_what_is_not_joined(name: str, mask: Tensor | None) -> None:
+    if mask is not None:
+        raise BatchNormError(
+            f"accumulate: {name!r} is called with a mask, which is not joined over micro-batches. "
+            "Leave out the mask or accumulate."
+        )
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # noqa: SLF001  # torch has no public way
+    inside = hooks is not None and "_checkpoint_hook" in hooks[0].__qualname__
+    if inside or not torch.is_grad_enabled():
+        raise BatchNormError(
+            f"accumulate: {name!r} is called inside a checkpoint, whose recomputation would be alone "
+            "with one micro-batch, or without gradients. accumulate computes again by itself: take "
+            "the checkpoint out."
+        )
