@@ -50,7 +50,8 @@ def compare(
         str, typer.Option(help="fashion-mnist, or package.module:function (loaders or tensors).")
     ] = "fashion-mnist",
     arms: Annotated[
-        str, typer.Option(help="Of none, batch, batch-torch, batch-note, group, layer.")
+        str,
+        typer.Option(help="Of none, batch, batch-torch, batch-note, group, layer, ghost, renorm."),
     ] = "none,batch",
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,

@@ -88,8 +88,7 @@ class RenormBatchNorm(Variant):
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """r_limit and d_limit for the next batch: scalars on the layer's device."""
-        seen = self.num_batches_tracked
-        assert seen is not None  # noqa: S101  # torch's layers load old state dicts without it, too
+        seen = self.seen()
         r_limit = 1 + (self.r_max - 1) * _progress(seen, self.warmup, self.r_steps)
         return r_limit, self.d_max * _progress(seen, self.warmup, self.d_steps)
 
@@ -135,5 +134,5 @@ class RenormBatchNorm(Variant):
 def _progress(seen: Tensor, start: int, end: int) -> Tensor:
     """0 until start, 1 from end, and never more."""
     if start == end:
-        return (seen >= end).float()
+        return (seen >= end).to(seen.dtype)
     return ((seen - start) / (end - start)).clamp(0, 1)

@@ -28,6 +28,8 @@ STYLES = {
     "batch-note": Style("#c8432b", "#ff8a6c", (8, 3, 2, 3)),
     "group": Style("#00795a", "#2fd0a3", (4, 2)),
     "layer": Style("#a8497f", "#e79fc6", (1, 2)),
+    "ghost": Style("#4b5fa8", "#a9b8f5", (6, 2, 1, 2)),
+    "renorm": Style("#6b6b00", "#d6d04a", (10, 2)),
 }
 QUANTITY_STYLES = {
     "train_loss": Style("#0072b2", "#56b4e9", SOLID),

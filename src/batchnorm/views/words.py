@@ -12,6 +12,8 @@ PHRASES: dict[str, tuple[str, str]] = {
     "batch-note": ("with the note's BN", "有笔记中的批量归一化"),
     "group": ("with group norm", "有组归一化"),
     "layer": ("with layer norm", "有层归一化"),
+    "ghost": ("with ghost BN", "有 ghost 批量归一化"),
+    "renorm": ("with batch renormalization", "有批量重归一化"),
     # the quantities
     "epoch": ("epoch", "轮数"),
     "seconds": ("seconds of training", "训练秒数"),
