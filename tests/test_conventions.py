@@ -53,7 +53,8 @@ def trained(norm=None):
 def in_keras(**options):
     layer = keras.layers.BatchNormalization(**options)
     layer.build(SHAPE)
-    layer.set_weights([np.random.default_rng(3).uniform(0.5, 2, 3) for _ in layer.weights])
+    values = np.random.default_rng(3)
+    layer.set_weights([values.uniform(0.5, 2, 3) for _ in layer.weights])
     return layer
 
 

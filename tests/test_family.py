@@ -6,9 +6,10 @@ import pickle
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import distributed, fx, nn
 
 import batchnorm
+import tiny
 from batchnorm import BatchNormError, reference
 from batchnorm.model.discovery import batch_norms
 from tolerance import assert_near, bound
@@ -119,6 +120,37 @@ def test_it_compiles_into_one_graph(kind, training):
         x = torch.randn(9, 3, 4, 4)
         torch.testing.assert_close(compiled(x), twin(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ghost", "renorm", "split"])
+def test_an_average_over_all_batches_compiles_into_one_graph(kind):
+    layer = made(kind, momentum=None)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(9, 3, 4, 4)
+        torch.testing.assert_close(compiled(x), twin(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@EVERY
+@pytest.mark.usefixtures("process_group")
+def test_ddp_trains_it(kind):
+    model, twin = network(kind).train(), network(kind).train()
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=kind == "split")
+    for each in (parallel, twin):
+        each(images()).square().sum().backward()
+    torch.testing.assert_close(state(model), state(twin))
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 @EVERY
@@ -236,6 +268,17 @@ def test_torchscript_is_refused(kind):
         pytest.raises(BatchNormError, match="cannot be compiled by TorchScript"),
     ):
         torch.jit.script(made(kind))
+
+
+def test_a_comparison_trains_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arms = ["ghost", "renorm"]
+    result = batchnorm.compare(
+        tiny.network, arms, data=tiny.as_images(), seeds=1, epochs=1, batch_size=32
+    )
+    for arm in arms:
+        (accuracy,) = result.summary[arm].test_accuracy.values
+        assert accuracy > 0.2  # ten patterns, of which chance finds one
 
 
 class TestTheModelTools:

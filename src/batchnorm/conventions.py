@@ -18,7 +18,7 @@ that goes on with the biased variance is `convert(layer, to="estimator", unbiase
 An imported layer is a `BatchNorm` of any rank whose channels are axis 1: `x.movedim(-1, 1)` of theirs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -206,6 +206,7 @@ def to_onnx(
     kind = helper.np_dtype_to_tensor_dtype(state.mean.dtype)
     channels = len(state.mean)
     shape: list[str | int | None] = ["N", channels, *(f"axis{i}" for i in range(2, rank))]
+    shapes: dict[str, Sequence[str | int | None]]
     shapes = {"x": shape, "y": shape, "running_mean": [channels], "running_var": [channels]}
     graph = helper.make_graph(
         [node],
