@@ -274,8 +274,9 @@ def test_a_comparison_trains_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arms = ["ghost", "renorm"]
     result = batchnorm.compare(
-        tiny.network, arms, data=tiny.as_images(), seeds=1, epochs=1, batch_size=32
-    )
+        tiny.network, arms, data=tiny.as_images(), seeds=1, epochs=2, batch_size=64,
+        learning_rate=0.1,
+    )  # fmt: skip
     for arm in arms:
         (accuracy,) = result.summary[arm].test_accuracy.values
         assert accuracy > 0.2  # ten patterns, of which chance finds one
@@ -379,6 +380,19 @@ class TestTheModelTools:
         before = state(model)
         batchnorm.check(model, images().split(4))
         torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+
+    @pytest.mark.parametrize(("average", "told"), [("exponential", True), ("debiased", False)])
+    def test_watch_sees_it_and_knows_what_its_average_forgets(self, average, told):
+        model = batchnorm.convert(network(), to="estimator", average=average)
+        model[1].reset_running_stats()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        with batchnorm.watch() as watching:
+            for _ in range(3):
+                model(images()).square().mean().backward()
+                optimizer.step()
+        assert watching.models == [model]
+        rules = {finding.rule for found in watching.findings() for finding in found}
+        assert ("BN012" in rules) == told
 
     @EVERY
     def test_update_once(self, kind):
