@@ -218,7 +218,7 @@ def test_the_memory_format_and_views_make_no_difference(kind):
 
 
 @EVERY
-@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4), (9, 3, 0, 4)])
 def test_an_empty_batch_leaves_the_statistics(kind, shape):
     layer = made(kind)
     before = inner(layer).running_mean.clone(), inner(layer).running_var.clone()

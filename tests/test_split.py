@@ -106,6 +106,17 @@ def test_freezing_and_synchronising_reach_the_domains():
     assert not any(p.requires_grad for p in frozen[1].parameters())
 
 
+def test_what_replaced_a_domain_s_norm_is_left():
+    model = network()
+    model[1].domains["clean"] = nn.GroupNorm(2, 4)
+    batchnorm.convert(model, to="torch")
+    (left,) = batchnorm.changes(model).left
+    assert (left.layer, left.what) == ("1", "its domain 'clean' is a GroupNorm")
+    frozen = batchnorm.freeze(network())
+    batchnorm.convert(frozen, to="torch")
+    assert len(batchnorm.changes(frozen).left) == 2
+
+
 def test_recalibration_is_of_the_domain_that_is_on():
     model = network()
     with batchnorm.domain(model, "noisy"):

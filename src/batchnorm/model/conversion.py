@@ -193,7 +193,9 @@ def _plain(norm: Any, ranks: tuple[int, ...]) -> _BatchNorm:
 
 def _without_domains(split: SplitBatchNorm) -> Any:
     """The layer of the domain that is on."""
-    if not isinstance(split.norm, Norm) or isinstance(split.norm, Frozen):
+    if not isinstance(split.norm, Norm):
+        raise _Left(f"its domain {split.domain!r} is a {type(split.norm).__name__}")
+    if isinstance(split.norm, Frozen):
         return split.norm
     made = _plain(split.norm, split.ranks)
     for hooks in HOOKS:

@@ -16,8 +16,7 @@ class GhostBatchNorm(Variant):
     """y[g] = (x[g] − mean[g]) / √(var[g] + eps) · weight + bias, for each ghost batch g.
 
     In training a batch of N samples is cut into G = max(1, ⌊N / ghost_size⌋) ghost batches of
-    consecutive samples, each normalized with its own mean and (biased) variance, all at once. Where
-    ghost_size does not divide N, the rest is spread over the groups, whose sizes then differ by one
+    consecutive samples, each normalized with its own mean and (biased) variance. Where ghost_size does not divide N, the rest is spread over the groups, whose sizes then differ by one
     at most: no sample is dropped, and none is normalized with fewer than ghost_size samples, unless
     the batch itself has fewer (a group of one sample has no variance, and a small last group would
     be noisier than all others). With G = 1 this is batch normalization.
@@ -156,7 +155,7 @@ def _fold(x: Tensor, groups: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     shape = apart.shape
 
     def back(y: Tensor) -> Tensor:
-        whole = y.view(shape).movedim(place, 0).flatten(0, 1)
+        whole = y.reshape(shape).movedim(place, 0).flatten(0, 1)
         return whole.movedim(-1, 1) if last else whole
 
     return (folded.flatten(0, -2) if last else folded), back
