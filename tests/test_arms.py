@@ -20,6 +20,8 @@ KINDS = {
     "layer": (nn.GroupNorm, nn.GroupNorm),
     "batch-noise": (nn.Sequential, nn.Sequential),
     "batch-population": (arms.PopulationNorm, arms.PopulationNorm),
+    "ghost": (batchnorm.GhostBatchNorm, batchnorm.GhostBatchNorm),
+    "renorm": (batchnorm.RenormBatchNorm, batchnorm.RenormBatchNorm),
 }
 
 
@@ -45,7 +47,7 @@ def test_parameters_are_those_that_the_note_counts():
     assert counts == {"none": 61_706, "batch": 61_706 + 452, "batch-note": 61_706 + 8}
 
 
-@pytest.mark.parametrize("arm", ["batch", "batch-torch", "group", "layer"])
+@pytest.mark.parametrize("arm", ["batch", "batch-torch", "group", "layer", "ghost", "renorm"])
 def test_weight_and_bias_start_from_the_networks_own(arm):
     model, _ = arms.apply(tiny.network(), arm)
     assert model.norm1.weight.tolist() == [1.0] * 8
@@ -131,7 +133,7 @@ def test_an_activation_that_belongs_to_a_norm_stays_behind_every_arm():
         assert places == ["1.norm"]
         y = model.eval()(x)
         assert y.min() == 0
-        if arm.startswith("batch") and arm != "batch-note":
+        if arm in {"batch", "batch-torch", "ghost", "renorm"}:
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
         if arm in {"batch", "batch-torch"}:
             assert not model.get_submodule("1.norm").weight.requires_grad

@@ -209,7 +209,10 @@ def test_layers_are_chosen_by_name_and_a_model_may_be_a_norm():
 def test_an_unknown_kind_is_said():
     with pytest.raises(BatchNormError, match="to='weight' and wants one of ours, torch, sync"):
         batchnorm.convert(network(), "weight")
-    assert set(KINDS) == {"ours", "torch", "sync", "group", "layer", "instance", "frozen", "none"}
+    assert set(KINDS) == {
+        "ours", "torch", "sync", "group", "layer", "instance", "frozen", "ghost", "renorm", "split",
+        "estimator", "none",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])

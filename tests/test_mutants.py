@@ -1,23 +1,31 @@
 """An oracle is seen to fail: each fault, put into the code, breaks the test that stands for it."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 import test_accumulation
 import test_axis
+import test_conventions
 import test_counting
+import test_estimators
 import test_evaluation
+import test_frozen
+import test_ghost
 import test_layers
 import test_mask
+import test_renorm
+import test_split
 import test_sync
 import test_verbs
 import test_views
-from batchnorm import functional, kernels, layers, masks, reference
+from batchnorm import conventions, functional, kernels, layers, masks, reference
 from batchnorm.kernels import verbs
 from batchnorm.lab import summary as lab_summary
 from batchnorm.model import counting, precision, recalibration
-from batchnorm.variants import accumulation, sync
+from batchnorm.variants import accumulation, estimators, frozen, ghost, renorm, split, sync, variant
 from batchnorm.views import verdict
 
 
@@ -179,7 +187,7 @@ def every_pass(self):
 
 
 sync_merge, input_gradient, moved = sync.merge, verbs.input_gradient, counting._Gathered.move
-FAMILY = {
+COUNTING = {
     "merged without the gap between means": (
         sync, "merge", merged_without_the_gap,
         test_sync.test_merged_moments_are_those_of_the_joined_batch,
@@ -228,8 +236,8 @@ FAMILY = {
 normalized = accumulation.normalized
 
 
-@pytest.mark.parametrize(("module", "name", "fault", "oracle"), FAMILY.values(), ids=FAMILY)
-def test_a_fault_in_the_family_is_seen(monkeypatch, module, name, fault, oracle):
+@pytest.mark.parametrize(("module", "name", "fault", "oracle"), COUNTING.values(), ids=COUNTING)
+def test_a_fault_in_what_counts_is_seen(monkeypatch, module, name, fault, oracle):
     monkeypatch.setattr(module, name, fault)
     with pytest.raises(AssertionError):
         oracle()
@@ -296,3 +304,111 @@ def test_a_sampling_error_of_the_variance_is_seen(monkeypatch, tmp_path):
     monkeypatch.setattr(verdict, "sampling_error", lambda share, n: share * (1 - share) / n)
     with pytest.raises(AssertionError):
         test_views.test_is_it_090_answers_with_the_sampling_error(tmp_path)
+
+
+def whole_batch(x, _groups):
+    return [(x, 1)]
+
+
+def interleaved(x, groups):
+    return [(x[place::groups], 1) for place in range(groups)]
+
+
+def rest_dropped(x, groups):
+    return [(x[: len(x) // groups * groups], groups)]
+
+
+def plain_mean_of_groups(parts):
+    means, variances = (torch.cat([part[place] for part in parts]).mean(0) for place in (0, 1))
+    return means, variances
+
+
+def with_bessel_of_the_batch_axis(right):
+    """As torchrl has it: M / (M − 1) with M the samples, whatever the size in space."""
+
+    def moments(x):
+        mean, var_biased = right(x)
+        return mean, var_biased * len(x) / (len(x) - 1)
+
+    return moments
+
+
+def progress_beyond_one(seen, start, end):
+    return ((seen - start) / max(end - start, 1)).clamp(0)
+
+
+def eps_outside(self, mean, var):
+    running_mean, running_var = self.running()
+    sigma = running_var.sqrt() + self.eps
+    r_limit, d_limit = (limit.to(mean) for limit in self.limits())
+    r = ((var.sqrt() + self.eps) / sigma).clamp(1 / r_limit, r_limit)
+    return r, ((mean - running_mean) / sigma).clamp(-d_limit, d_limit)
+
+
+def d_not_clipped(self, mean, var):
+    running_mean, running_var = (running.to(mean) for running in self.running())
+    sigma = (running_var + self.eps).sqrt()
+    r_limit, _ = (limit.to(mean) for limit in self.limits())
+    r = ((var + self.eps).sqrt() / sigma).clamp(1 / r_limit, r_limit)
+    return r, (mean - running_mean) / sigma
+
+
+def variance_averaged(self, mean, var):
+    variant.Variant.move(self, mean, var)
+
+
+GHOSTS = partial(test_ghost.test_beside_the_groups_one_by_one, 13, 4, torch.float64, (3, 7))
+RENORMS = partial(
+    test_renorm.test_beside_the_paper_s_algorithm, (4, 3, 5, 3), torch.float64, 1.2, 0.3
+)
+SCHEDULE = test_renorm.test_the_paper_s_schedule_ends_at_its_limits
+DEBIASED = partial(
+    test_estimators.test_beside_the_definition, "debiased", False, 0.1, torch.float64
+)
+KERAS = test_conventions.TestKeras().test_training_goes_on_here_as_there
+FAMILY = {
+    "the whole batch as one group": (ghost, "_parts", whole_batch, GHOSTS),
+    "groups interleaved": (ghost, "_parts", interleaved, GHOSTS),
+    "the rest dropped": (ghost, "_parts", rest_dropped, GHOSTS),
+    "groups weighed alike": (ghost, "_pooled", plain_mean_of_groups, GHOSTS),
+    "Bessel's factor of the samples": (
+        kernels, "moments", with_bessel_of_the_batch_axis(kernels.moments), RENORMS,
+    ),
+    "a schedule beyond its end": (renorm, "_progress", progress_beyond_one, SCHEDULE),
+    "eps outside the root": (renorm.RenormBatchNorm, "_correction", eps_outside, RENORMS),
+    "d not clipped": (renorm.RenormBatchNorm, "_correction", d_not_clipped, RENORMS),
+    "the variance averaged, not σ": (renorm.RenormBatchNorm, "_move", variance_averaged, RENORMS),
+    "never debiased": (
+        estimators.EstimatorBatchNorm, "share", lambda self: self.momentum, DEBIASED,
+    ),
+    "domains that share statistics": (
+        split.SplitBatchNorm, "norm", property(lambda self: self.domains["clean"]),
+        partial(test_split.test_each_domain_is_a_norm_of_its_own, shared=False),
+    ),
+    "eps kept in old variances": (
+        frozen.FrozenBatchNorm, "_load_from_state_dict", torch.nn.Module._load_from_state_dict,
+        test_frozen.test_a_variance_of_version_2_was_used_without_eps,
+    ),
+    "Keras's momentum kept": (
+        conventions, "_imported", lambda state, count: IMPORTED(
+            state._replace(momentum=1 - state.momentum), count
+        ), KERAS,
+    ),
+    "no Bessel's factor on the way in": (
+        conventions, "_imported", lambda state, _count: IMPORTED(state, None), KERAS,
+    ),
+    "weight and bias exchanged": (
+        conventions, "_imported", lambda state, count: IMPORTED(
+            state._replace(weight=state.bias, bias=state.weight), count
+        ), KERAS,
+    ),
+}  # fmt: skip
+IMPORTED = conventions._imported
+
+
+@pytest.mark.parametrize(("owner", "name", "mutant", "oracle"), FAMILY.values(), ids=FAMILY)
+def test_a_fault_in_the_family_is_seen(monkeypatch, owner, name, mutant, oracle):
+    oracle()
+    monkeypatch.setattr(owner, name, mutant)
+    with pytest.raises(AssertionError):
+        oracle()

@@ -32,7 +32,18 @@ SHAPES = {
     "no batch norm": {"arms": ("none", "group", "layer")},
     "batch norm alone": {"arms": ("batch-torch",)},
     "one evaluation": {"evaluations": 1, "unfinished": ("none", "batch")},
-    "every arm": {"arms": ("none", "batch", "batch-torch", "batch-note", "group", "layer")},
+    "every arm": {
+        "arms": (
+            "none",
+            "batch",
+            "batch-torch",
+            "batch-note",
+            "group",
+            "layer",
+            "ghost",
+            "renorm",
+        )
+    },
 }
 HOSTILE = "</script><img src=http://evil.test/ onerror=alert(1)>{{7*7}}<!--"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
@@ -17,6 +18,7 @@ import tiny
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
 GUIDE = "docs/whole-models.md"
+FAMILY = "docs/family.md"
 
 
 def text(name):
@@ -93,6 +95,28 @@ def test_the_guide_to_whole_models_runs():
             names["model"].train("fold" not in line)
 
 
+def test_the_family_s_page_runs():
+    images, labels = tiny.images()[2:]
+    names = {
+        "batchnorm": batchnorm, "torch": torch, "torchvision": torchvision, "images": images,
+        "model": tiny.network(), "perturbed": images + 0.1, "labels": labels,
+        "criterion": torch.nn.functional.cross_entropy,
+    }  # fmt: skip
+    for code in blocks(FAMILY, "python"):
+        exec(compile(code, FAMILY, "exec"), names)  # noqa: S102
+    assert names["y"].shape == (100, 64, 7, 7)
+    assert names["again"].num_features == 64
+
+
+def test_the_family_s_page_names_tests_that_exist():
+    named = re.findall(r"`(?:(test_\w+\.py)(?:::(\w+))*|(test_\w+))`", text(FAMILY))
+    assert len(named) > 10
+    source = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for file, function, alone in named:
+        assert not file or (ROOT / "tests" / file).exists()
+        assert not (function or alone) or f"def {function or alone}(" in source
+
+
 @pytest.mark.parametrize("name", [*READMES, GUIDE])
 def test_the_commands_options_exist(name):
     shell = "\n".join(blocks(name, "sh")).replace("\\\n", " ")
@@ -119,7 +143,7 @@ def test_the_make_targets_exist(name):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", GUIDE])
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", GUIDE, FAMILY])
 def test_links_and_pictures_are_there(name):
     for link in re.findall(r"\]\(([^)#]+)\)", text(name)):
         if not link.startswith("http"):

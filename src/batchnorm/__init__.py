@@ -1,7 +1,7 @@
 """Batch normalization in PyTorch: the layer, what a model needs because of it, a laboratory.
 
-`import batchnorm` loads the layer and the tools for whole models; the checks (`check`, `watch`) and the
-laboratory (`compare`) load when they are first used.
+`import batchnorm` loads the layers and the tools for whole models; the checks (`check`, `watch`), the
+laboratory (`compare`) and other frameworks' conventions load when they are first used.
 """
 
 import importlib
@@ -33,6 +33,11 @@ from batchnorm.model.precision import keep_float32
 from batchnorm.model.recalibration import recalibrate
 from batchnorm.model.single import single_values
 from batchnorm.variants.along import BatchNormAlong
+from batchnorm.variants.estimators import EstimatorBatchNorm
+from batchnorm.variants.frozen import FrozenBatchNorm
+from batchnorm.variants.ghost import GhostBatchNorm
+from batchnorm.variants.renorm import RenormBatchNorm
+from batchnorm.variants.split import SplitBatchNorm, domain
 from batchnorm.variants.sync import SyncBatchNorm
 
 if TYPE_CHECKING:
@@ -40,6 +45,16 @@ if TYPE_CHECKING:
     from batchnorm.checks.findings import Finding, Findings
     from batchnorm.checks.watching import watch
     from batchnorm.comparison import compare
+    from batchnorm.conventions import (
+        from_flax,
+        from_keras,
+        from_note,
+        from_onnx,
+        to_flax,
+        to_keras,
+        to_note,
+        to_onnx,
+    )
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -54,8 +69,13 @@ __all__ = [
     "BatchNormError",
     "Change",
     "Changes",
+    "EstimatorBatchNorm",
     "Finding",
     "Findings",
+    "FrozenBatchNorm",
+    "GhostBatchNorm",
+    "RenormBatchNorm",
+    "SplitBatchNorm",
     "SyncBatchNorm",
     "accumulate",
     "backend",
@@ -64,9 +84,14 @@ __all__ = [
     "check",
     "compare",
     "convert",
+    "domain",
     "fold",
     "freeze",
     "freeze_like",
+    "from_flax",
+    "from_keras",
+    "from_note",
+    "from_onnx",
     "keep_float32",
     "masked",
     "no_update",
@@ -76,6 +101,10 @@ __all__ = [
     "single_values",
     "summary",
     "synchronize_buffers",
+    "to_flax",
+    "to_keras",
+    "to_note",
+    "to_onnx",
     "unfreeze",
     "update_once",
     "watch",
@@ -88,6 +117,14 @@ _LATER = {  # loaded when first used
     "Finding": "batchnorm.checks.findings",
     "Findings": "batchnorm.checks.findings",
     "compare": "batchnorm.comparison",
+    "from_flax": "batchnorm.conventions",
+    "from_keras": "batchnorm.conventions",
+    "from_note": "batchnorm.conventions",
+    "from_onnx": "batchnorm.conventions",
+    "to_flax": "batchnorm.conventions",
+    "to_keras": "batchnorm.conventions",
+    "to_note": "batchnorm.conventions",
+    "to_onnx": "batchnorm.conventions",
 }
 
 

@@ -55,7 +55,8 @@ def compare(
     arms: Annotated[
         str,
         typer.Option(
-            help="Of none, batch, batch-torch, batch-note, group, layer, batch-noise, batch-population."
+            help="Of none, batch, batch-torch, batch-note, group, layer, batch-noise, "
+            "batch-population, ghost, renorm."
         ),
     ] = "none,batch",
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -32,7 +31,7 @@ from batchnorm.checks.rules.state import initial
 from batchnorm.checks.subject import Subject, Training
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.kernels.native import transformed
-from batchnorm.model.discovery import SYNCHRONISED, batch_norms
+from batchnorm.model.discovery import SYNCHRONISED, Norm, batch_norms
 from batchnorm.model.freezing import SET_ASIDE
 from batchnorm.model.recalibration import Moments
 
@@ -121,7 +120,7 @@ class Watch:
                 return self._play(module, None, root)
         inside = set(module.modules())
         model = module if self._only is None else self._only
-        if not any(isinstance(m, _BatchNorm) for m in inside) or module not in set(model.modules()):
+        if not any(isinstance(m, Norm) for m in inside) or module not in set(model.modules()):
             return self._play(module, None, None)
         root = next((r for r in self._roots if r.module is model), None) or self._begin(model)
         for part in [r for r in self._roots if r is not root and r.module in inside]:
@@ -140,12 +139,12 @@ class Watch:
             self._roles.pop(key, None)
             self._alive.pop(key, None)
 
-        role = _Role(entry, owner if isinstance(module, _BatchNorm) else None)
+        role = _Role(entry, owner if isinstance(module, Norm) else None)
         self._roles[key], self._alive[key] = role, weakref.ref(module, forget)
         return role
 
     def _begin(self, model: nn.Module) -> "_Root":
-        whole = [root for root in self._roots if not isinstance(root.module, _BatchNorm)]
+        whole = [root for root in self._roots if not isinstance(root.module, Norm)]
         if len(whole) >= MODELS:
             self._let_go(min(whole, key=lambda root: root.last))
         root = _Root(model, self._every)
@@ -167,7 +166,7 @@ class Watch:
             return roots
         held = _held(optimizer)
         roots = self._holding(held)
-        if meetings < 0 and all(isinstance(root.module, _BatchNorm) for root in roots):
+        if meetings < 0 and all(isinstance(root.module, Norm) for root in roots):
             for model in _outermost(held):  # compiled, or run by its forward
                 self._meet(model)
             roots = self._holding(held)
@@ -230,9 +229,9 @@ def _outermost(held: set[int]) -> list[nn.Module]:
     holding = [
         m
         for m in modules
-        if not isinstance(m, _BatchNorm)
+        if not isinstance(m, Norm)
         and any(id(p) in held for p in m.parameters())
-        and any(isinstance(part, _BatchNorm) for part in m.modules())
+        and any(isinstance(part, Norm) for part in m.modules())
     ]
     parts = {id(part) for m in holding for part in m.modules() if part is not m}
     return [m for m in holding if id(m) not in parts]
@@ -269,13 +268,13 @@ class _Root:
         self.entries: list[nn.Module] = []  # the modules in it that the training itself calls
         self.last = 0  # step at which it ran
         self.seen = Training()
-        self._required: dict[_BatchNorm, bool] = {}  # in evaluation mode at a step -> a gradient
-        self._looks: dict[_BatchNorm, deque[float]] = {}  # gaps², the last ones
+        self._required: dict[Norm, bool] = {}  # in evaluation mode at a step -> a gradient
+        self._looks: dict[Norm, deque[float]] = {}  # gaps², the last ones
         # the batches' statistics, the last ones: with gradients, without
-        self._batches: dict[tuple[_BatchNorm, bool], deque[_Batch]] = {}
+        self._batches: dict[tuple[Norm, bool], deque[_Batch]] = {}
         self._looking = True
         self._since: Counter[str] = Counter()  # passes since the last step, by kind
-        self._blind_looked: dict[_BatchNorm, int] = {}  # at which step
+        self._blind_looked: dict[Norm, int] = {}  # at which step
         self._averaging = False  # in a pass that takes statistics anew
         self._layers: list[Any] = []
         # whose weight takes no gradient -> since which step, and as it was
@@ -340,10 +339,13 @@ class _Root:
             return
         if x.shape[1] != layer.num_features:
             return  # called with axis=, which is not seen here
-        if not gradients:
-            if updates:
-                self._look_blindly(layer, x)
-            return
+        if gradients:
+            self._see_values(layer, x)
+        elif updates:
+            self._look_blindly(layer, x)
+
+    def _see_values(self, layer: Any, x: Tensor) -> None:
+        seen = self.seen
         values = x.numel() // max(x.shape[1], 1)
         sizes = seen.values.get(layer)
         if sizes is None:

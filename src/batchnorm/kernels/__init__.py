@@ -73,7 +73,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if native.NATIVE and native.fits(x, None, None, None, None, None):
         return native.moments(x)
     x = x if x.dtype in {torch.float32, torch.float64} else x.float()
-    if x.device.type not in {"cpu", "cuda"}:
+    if x.device.type not in {"cpu", "cuda"} or native.transformed():  # which see no values
         return _moments_of_two_passes(x)
     # four times faster than torch.var_mean, but in channels_last its sums lose digits far from 0
     mean, var_biased = torch.batch_norm_update_stats(x, None, None, 0.0)

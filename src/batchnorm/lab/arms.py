@@ -20,6 +20,8 @@ from batchnorm.lab.note import NoteBatchNorm
 from batchnorm.model import conversion
 from batchnorm.model.conversion import replace
 from batchnorm.model.discovery import activation_of, batch_norms
+from batchnorm.variants.ghost import GhostBatchNorm
+from batchnorm.variants.renorm import RenormBatchNorm
 
 Arm = Callable[[_BatchNorm], nn.Module]
 
@@ -118,6 +120,16 @@ def batch_population(layer: _BatchNorm) -> nn.Module:
     return PopulationNorm(batch(layer))  # type: ignore[arg-type]  # of this library's classes
 
 
+def ghost(layer: _BatchNorm) -> nn.Module:
+    """Ghost batch normalization: the statistics of 32 samples each."""
+    return GhostBatchNorm.of(layer, ghost_size=32)
+
+
+def renorm(layer: _BatchNorm) -> nn.Module:
+    """Batch renormalization, its schedule a 25th of the paper's: comparisons have fewer steps."""
+    return RenormBatchNorm.of(layer, warmup=200, r_steps=1_600, d_steps=1_000)
+
+
 ARMS: dict[str, Arm] = {
     "none": none,
     "batch": batch,
@@ -127,6 +139,8 @@ ARMS: dict[str, Arm] = {
     "layer": layer,
     "batch-noise": batch_noise,
     "batch-population": batch_population,
+    "ghost": ghost,
+    "renorm": renorm,
 }
 
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from batchnorm import layers
 from batchnorm.errors import BatchNormError
 from batchnorm.model import account, fusion
 from batchnorm.model.account import Change
 from batchnorm.model.discovery import (
+    Norm,
     activation_of,
     batch_norms,
     constant_norms,
@@ -21,7 +23,13 @@ from batchnorm.model.discovery import (
 )
 from batchnorm.model.freezing import Frozen, freeze_layer
 from batchnorm.model.mixing import Mixin, mix, unmix
+from batchnorm.variants.estimators import EstimatorBatchNorm
+from batchnorm.variants.frozen import FrozenBatchNorm
+from batchnorm.variants.ghost import GhostBatchNorm
+from batchnorm.variants.renorm import RenormBatchNorm
+from batchnorm.variants.split import SplitBatchNorm
 from batchnorm.variants.sync import SyncBatchNorm, plain, synchronised
+from batchnorm.variants.variant import RANKS, Variant, take
 
 OURS = {
     nn.BatchNorm1d: layers.BatchNorm1d,
@@ -52,6 +60,7 @@ def convert(
     *,
     fuse: bool = False,
     process_group: Any = None,
+    **options: Any,
 ) -> nn.Module:
     """Put another kind of layer in the place of each batch norm, in place; return the model.
 
@@ -63,34 +72,38 @@ def convert(
         model: any model with batch norm in it.
         to: "ours" (this library's layers; the same outputs), "torch" (torch.nn's; the same
             outputs), "sync" (`SyncBatchNorm`: one batch over all processes, on CPUs, too; "ours" and
-            "torch" lead back to the classes from before), "group", "layer" or "instance" norm (statistics of each sample; weight and bias are kept),
-            "frozen" (as `freeze` does, weight and bias, too), or "none".
+            "torch" lead back to the classes from before), "group", "layer" or "instance" norm
+            (statistics of each sample; weight and bias are kept), "frozen" (as `freeze` does, weight
+            and bias, too), a member of the family: "ghost", "renorm", "split" or "estimator" (the
+            same outputs in evaluation), or "none". From a member "ours" and "torch" lead back; of a
+            split one the domain that is on is kept.
         pattern: which layers, by name, with * and ?; or several patterns.
         fuse: with "ours": let each layer also do the activation, or the residual sum and the
             activation, that stand behind it in its block's forward. Classes, modules, names and
             hooks stay; in training and in evaluation the outputs are the same. What the traced
             graph does not prove safe stays as it is. `convert(model, to="torch")` undoes it.
         process_group: with "sync": the processes whose batch is one; None: all.
+        options: of the family's members: ghost_size=, r_max=, domains= and so on.
 
     Returns:
         The model; where it is a batch norm itself, the new layer. `changes` of it names what was
         converted, and what was left and why.
 
     Raises:
-        BatchNormError: a kind that is not known; fuse=True with another than "ours", a process group with
-            another than "sync".
+        BatchNormError: a kind that is not known; fuse=True with another than "ours"; a process
+            group with another than "sync"; an option that the kind does not have.
     """
     refuse_no_model(model, "convert")
-    _check(to, fuse, process_group)
+    _check(to, fuse, process_group, options)
     if to != "ours":
         fusion.unfuse(model)
     made: dict[nn.Module, nn.Module] = {}
     why: dict[nn.Module, str] = {}
-    norms = {**batch_norms(model), **constant_norms(model)}
+    norms = _places(model, to)
     wanted = {name: layer for name, layer in norms.items() if fits(name, pattern)}
     for layer in wanted.values():
         try:
-            made[layer] = _converted(layer, to)
+            made[layer] = _converted(layer, to, options)
         except _Left as reason:
             why[layer] = str(reason)
     _name(wanted, made, process_group)
@@ -109,13 +122,17 @@ def convert(
     )
 
 
-def _check(to: str, fuse: bool, process_group: Any) -> None:
+def _check(to: str, fuse: bool, process_group: Any, options: Mapping[str, Any]) -> None:
     if to not in KINDS:
         raise BatchNormError(f"convert got to={to!r} and wants one of {', '.join(KINDS)}.")
     if fuse and to != "ours":
         raise BatchNormError(f'convert got fuse=True with to={to!r}: only "ours" can be fused.')
     if process_group is not None and to != "sync":
         raise BatchNormError(f'convert got a process group with to={to!r}: it is for "sync".')
+    if options and to not in FAMILY:
+        raise BatchNormError(
+            f"convert got {', '.join(options)} with to={to!r}: only {', '.join(FAMILY)} have options."
+        )
 
 
 def _name(
@@ -128,7 +145,15 @@ def _name(
             new.label, new.process_group = name, process_group
 
 
-def replace(model: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
+def _places(model: nn.Module, to: str) -> dict[str, nn.Module]:
+    """What is converted, by name: a split norm as a whole, but for a freeze, which is each domain's."""
+    splits = {m for m in model.modules() if isinstance(m, SplitBatchNorm) and to != "frozen"}
+    inside = {part for split in splits for part in split.domains.modules()}
+    norms = {*batch_norms(model).values(), *constant_norms(model).values(), *splits} - inside
+    return {name: module for name, module in model.named_modules() if module in norms}
+
+
+def replace(model: nn.Module, make: Callable[[Any], nn.Module]) -> nn.Module:
     """Put `make(layer)` where each batch-norm layer is, in place; return the model.
 
     `make` is called once a layer: one that is shared under several names stays shared. A model
@@ -145,21 +170,28 @@ def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module
     return made.get(model, model)
 
 
-def _converted(layer: Any, to: str) -> nn.Module:
-    if not isinstance(layer, _BatchNorm):
+def _converted(layer: Any, to: str, options: dict[str, Any]) -> nn.Module:
+    if isinstance(layer, SplitBatchNorm):
+        layer = _without_domains(layer)
+    if not isinstance(layer, Norm):
         return _from_constants(layer, to)
     if isinstance(layer, Frozen):
         raise _Left("frozen: unfreeze it first")
-    activation = activation_of(layer)
     if to == "frozen":
         return KINDS[to](layer)
+    plain = _plain(layer, layer.ranks) if isinstance(layer, Variant) else layer
+    return _from_plain(plain, to, options)
+
+
+def _from_plain(layer: _BatchNorm, to: str, options: dict[str, Any]) -> nn.Module:
+    activation = activation_of(layer)
     if to in {"ours", "torch", "sync"}:
         if to != "sync" and (type(layer).__name__ == "BatchNormAct2d" or isinstance(layer, _Timms)):
             return _recast_timms(layer, to)
         if not isinstance(activation, nn.Identity):
             raise _Left(f"a {type(layer).__name__} with an activation of its own")
         return KINDS[to](layer)
-    norm = KINDS[to](layer)
+    norm = _member(layer, to, options) if to in FAMILY else KINDS[to](layer)
     norm.train(layer.training)
     for hooks in HOOKS:
         setattr(norm, hooks, getattr(layer, hooks))
@@ -168,7 +200,40 @@ def _converted(layer: Any, to: str) -> nn.Module:
     return nn.Sequential(OrderedDict(norm=norm, act=activation)).train(layer.training)
 
 
-def _to_ours(layer: _BatchNorm) -> _BatchNorm:
+def _plain(norm: Any, ranks: tuple[int, ...]) -> _BatchNorm:
+    """This library's layer with the state of a member of the family, for inputs of these ranks."""
+    kind = next((ours for theirs, ours in OURS.items() if RANKS.get(theirs) == ranks), None)
+    made: _BatchNorm = (kind or layers.BatchNorm)(
+        norm.num_features, norm.eps, norm.momentum, device="meta"
+    )
+    take(made, norm)
+    for hooks in HOOKS:
+        setattr(made, hooks, getattr(norm, hooks))
+    return made
+
+
+def _without_domains(split: SplitBatchNorm) -> Any:
+    """The layer of the domain that is on."""
+    if not isinstance(split.norm, Norm):
+        raise _Left(f"its domain {split.domain!r} is a {type(split.norm).__name__}")
+    if isinstance(split.norm, Frozen):
+        return split.norm
+    made = _plain(split.norm, split.ranks)
+    for hooks in HOOKS:
+        setattr(made, hooks, getattr(split, hooks))
+    return made
+
+
+def _member(layer: _BatchNorm, to: str, options: dict[str, Any]) -> nn.Module:
+    if layer.running_mean is None and to in {"renorm", "estimator"}:
+        raise _Left("keeps no running statistics, which are what it would be about")
+    if layer.running_mean is not None and is_lazy(layer.running_mean):
+        raise _Left("has not learned its size: run a batch first")
+    made: nn.Module = FAMILY[to].of(layer, **options)
+    return made
+
+
+def _to_ours(layer: _BatchNorm) -> nn.Module:
     return _recast(layer, OURS)
 
 
@@ -223,7 +288,11 @@ def _from_constants(constants: Any, to: str) -> nn.Module:
         raise _Left(f"a {type(constants).__name__}: its statistics are constants")
     if not isinstance(activation_of(constants), nn.Identity):
         raise _Left(f"a {type(constants).__name__} with an activation of its own")
-    kind = nn.BatchNorm2d if to == "torch" else layers.BatchNorm2d
+    kind: Any = nn.BatchNorm2d if to == "torch" else layers.BatchNorm2d
+    if isinstance(constants, FrozenBatchNorm):
+        if to == "torch":
+            raise _Left("of any rank, and torch.nn has a layer for each")
+        kind = layers.BatchNorm
     norm = kind(len(constants.running_mean), getattr(constants, "eps", 1e-5), device="meta")
     for name in ("weight", "bias"):
         setattr(norm, name, nn.Parameter(getattr(constants, name), requires_grad=False))
@@ -235,7 +304,7 @@ def _from_constants(constants: Any, to: str) -> nn.Module:
     return _to_frozen(norm)
 
 
-def _to_frozen(layer: _BatchNorm) -> nn.Module:
+def _to_frozen(layer: Norm) -> nn.Module:
     if layer.running_mean is None:
         raise _Left("keeps no running statistics to use")
     return freeze_layer(layer, use=True, update=False, parameters=True)
@@ -247,7 +316,7 @@ def _to_sync(layer: _BatchNorm) -> nn.Module:
     if type(layer) not in {*OURS, *OURS.values()}:
         raise _Left(f"a {type(layer).__name__}, which may do more than batch norm")
     if type(layer) is nn.SyncBatchNorm:
-        layer = _to_ours(layer)  # its class asks every call for a GPU
+        layer = _recast(layer, OURS)  # its class asks every call for a GPU
     return synchronised(layer, "", None)
 
 
@@ -274,7 +343,13 @@ def _per_sample(layer: _BatchNorm, groups: int) -> nn.Module:
     return norm
 
 
-KINDS: dict[str, Callable[[_BatchNorm], nn.Module]] = {
+FAMILY: dict[str, Any] = {
+    "ghost": GhostBatchNorm,
+    "renorm": RenormBatchNorm,
+    "split": SplitBatchNorm,
+    "estimator": EstimatorBatchNorm,
+}
+KINDS: dict[str, Callable[[Any], nn.Module]] = {
     "ours": _to_ours,
     "torch": _to_torch,
     "sync": _to_sync,
@@ -282,5 +357,6 @@ KINDS: dict[str, Callable[[_BatchNorm], nn.Module]] = {
     "layer": _to_layer,
     "instance": _to_instances,
     "frozen": _to_frozen,
+    **{name: member.of for name, member in FAMILY.items()},
     "none": lambda _layer: nn.Identity(),
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -9,7 +10,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm.errors import BatchNormError
 from batchnorm.variants.sync import SyncBatchNorm
+from batchnorm.variants.variant import Variant
 
+Norm: TypeAlias = _BatchNorm | Variant
 SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
 
 
@@ -19,16 +22,17 @@ def refuse_no_model(model: object, verb: str) -> None:
         raise BatchNormError(f"{verb} got a {type(model).__name__} and wants a torch.nn.Module.")
 
 
-def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+def batch_norms(model: nn.Module) -> dict[str, Norm]:
     """Every batch-norm layer of the model under its first name, in the order of registration.
 
-    Found are torch.nn's layers, their subclasses (ours, timm's) and SyncBatchNorm. A layer that is
-    used under several names is listed once.
+    Found are torch.nn's layers, their subclasses (ours, timm's), SyncBatchNorm, and the family's
+    members; of a split one the layers of its domains. A layer that is used under several names is
+    listed once.
     """
-    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, Norm)}
 
 
-def matching(model: nn.Module, pattern: str | Sequence[str]) -> list[tuple[str, _BatchNorm]]:
+def matching(model: nn.Module, pattern: str | Sequence[str]) -> list[tuple[str, Norm]]:
     """The batch norms whose name fits one of the patterns."""
     return [(name, norm) for name, norm in batch_norms(model).items() if fits(name, pattern)]
 

@@ -26,6 +26,7 @@ from batchnorm.model.account import Change
 from batchnorm.model.calling import eagerly, feed
 from batchnorm.model.discovery import activation_of, batch_norms, constant_norms, refuse_no_model
 from batchnorm.model.tracing import Call, Traced, trace
+from batchnorm.variants.variant import ranks_of
 
 UNPROVEN = "parts could not be traced; pass inputs= to have calls counted and outputs compared"
 TOLERANCE = 1e-9  # of the outputs' scale, in float64: what rounding may do through a deep network
@@ -271,12 +272,9 @@ def _refuse_norm(norm: Any) -> None:
 
 
 def _spatial(norm: nn.Module) -> list[int]:
-    return {nn.BatchNorm1d: [], nn.BatchNorm3d: [2, 2, 2]}.get(_rank_class(norm), [2, 2])
-
-
-def _rank_class(norm: nn.Module) -> Any:
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return next((kind for kind in kinds if isinstance(norm, kind)), None)
+    if ranks := ranks_of(norm):
+        return [2] * (ranks[0] - 2)
+    return [2, 2]
 
 
 def _refuse_neighbour(layer: nn.Module, name: str) -> None:

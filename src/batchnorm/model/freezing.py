@@ -14,14 +14,20 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from batchnorm import masks
 from batchnorm.errors import BatchNormError
 from batchnorm.kernels import verbs
 from batchnorm.model import account
 from batchnorm.model.account import Change
-from batchnorm.model.discovery import batch_norms, constant_norms, matching, refuse_no_model
+from batchnorm.model.discovery import (
+    Norm,
+    batch_norms,
+    constant_norms,
+    matching,
+    refuse_no_model,
+)
 from batchnorm.model.mixing import Mixin, mix, unmix
 
 METADATA = "batchnorm.frozen"  # the key in a state dict's metadata
@@ -36,7 +42,7 @@ class Switches(NamedTuple):
     required_grad: tuple[bool | None, ...]  # of weight and bias before; None: has none
 
 
-class Frozen(Mixin, _BatchNorm):
+class Frozen(Mixin, _NormBase):
     """A mixin, put before a layer's own class: `train()` does not reach the statistics."""
 
     _switches: Switches
@@ -51,7 +57,8 @@ class Frozen(Mixin, _BatchNorm):
         """Normalize as the switches say."""
         moves = self._switches.use and self._switches.update and self.track_running_stats
         if not (self._asked_to_train and moves):  # no_update sets track_running_stats, too
-            return super().forward(input, *args, **kwargs)
+            unmoved: Tensor = super().forward(input, *args, **kwargs)
+            return unmoved
         mean, var = self.running_mean, self.running_var
         assert mean is not None  # noqa: S101  # a layer without statistics is not frozen
         assert var is not None  # noqa: S101
@@ -241,7 +248,7 @@ def _set_aside(model: nn.Module) -> Iterator[None]:
         SET_ASIDE.difference_update(layers)
 
 
-def freeze_layer(layer: _BatchNorm, *, use: bool, update: bool, parameters: bool) -> _BatchNorm:
+def freeze_layer(layer: Norm, *, use: bool, update: bool, parameters: bool) -> Norm:
     """Freeze one layer, in place; see `freeze`."""
     _thaw(layer)
     affine = (layer.weight, layer.bias)
@@ -259,7 +266,7 @@ def freeze_layer(layer: _BatchNorm, *, use: bool, update: bool, parameters: bool
     return layer.train(training)
 
 
-def _thaw(layer: _BatchNorm) -> None:
+def _thaw(layer: Norm) -> None:
     if not isinstance(layer, Frozen):
         return
     switches, training = layer._switches, layer._asked_to_train  # noqa: SLF001  # our own

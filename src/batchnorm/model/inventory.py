@@ -8,12 +8,11 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm import kernels, masks
 from batchnorm.model.calling import eagerly, feed, unchanged
-from batchnorm.model.discovery import batch_norms, constant_norms, refuse_no_model
+from batchnorm.model.discovery import Norm, batch_norms, constant_norms, refuse_no_model
 from batchnorm.model.freezing import Frozen
 from batchnorm.model.tracing import trace
 
@@ -180,7 +179,7 @@ def _channels(layer: Any) -> int | None:
 
 
 def _mode(layer: nn.Module) -> str:
-    if not isinstance(layer, _BatchNorm):
+    if not isinstance(layer, Norm):
         return "constant"
     if isinstance(layer, Frozen):
         return "frozen"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from batchnorm.errors import BatchNormError
 from batchnorm.model.account import log
 from batchnorm.model.discovery import batch_norms, refuse_no_model
+from batchnorm.variants.ghost import GhostBatchNorm
 
 
 @contextmanager
@@ -164,6 +165,11 @@ class _Packing:
         if keep is None:
             self._places.append((None, x.shape))
             return (x,), {}
+        if layer.training and isinstance(layer, GhostBatchNorm):
+            raise BatchNormError(
+                f"masked: the layer {self._name} takes the statistics of groups of samples, and "
+                "packed values belong to none. Use a plain batch norm: batchnorm.convert(model)."
+            )
         packed = x.movedim(1, -1)[keep]  # (M, C)
         if layer.training and len(packed) < 2:
             raise BatchNormError(

@@ -9,8 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.model import account
 from batchnorm.model.account import Change
-from batchnorm.model.discovery import matching, refuse_no_model
+from batchnorm.model.discovery import Norm, matching, refuse_no_model
 from batchnorm.model.mixing import Mixin, mix, unmix
+from batchnorm.variants.variant import Variant
 
 HALVES = {torch.float16, torch.bfloat16}
 
@@ -51,7 +52,9 @@ def keep_float32(
     return account.record(model, "keep_float32", entries)
 
 
-def _set(layer: _BatchNorm, keep: bool) -> dict[str, Any]:
+def _set(layer: Norm, keep: bool) -> dict[str, Any]:
+    if isinstance(layer, Variant):
+        return {"done": False, "what": f"a {type(layer).__name__}, which follows casts"}
     if keep == isinstance(layer, Float32):
         return {"done": False, "what": f"{'stayed' if keep else 'did not stay'} in float32 already"}
     if not keep:

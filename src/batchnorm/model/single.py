@@ -9,8 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.errors import BatchNormError
 from batchnorm.model import account
 from batchnorm.model.account import Change, log
-from batchnorm.model.discovery import SYNCHRONISED, matching, refuse_no_model
+from batchnorm.model.discovery import SYNCHRONISED, Norm, matching, refuse_no_model
 from batchnorm.model.mixing import Mixin, mix, unmix
+from batchnorm.variants.variant import Variant
 
 
 class Lenient(Mixin, _BatchNorm):
@@ -74,7 +75,9 @@ def single_values(
     return account.record(model, "single_values", entries, use=use)
 
 
-def _set(name: str, layer: _BatchNorm, *, lenient: bool) -> dict[str, Any]:
+def _set(name: str, layer: Norm, *, lenient: bool) -> dict[str, Any]:
+    if isinstance(layer, Variant):
+        return {"done": False, "what": f"a {type(layer).__name__}, which has a rule of its own"}
     if layer.running_mean is None:
         return {"done": False, "what": "keeps no running statistics to use"}
     if isinstance(layer, SYNCHRONISED):

@@ -14,8 +14,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.model.calling import unchanged
 from batchnorm.model.discovery import constant_norms
+from batchnorm.variants.split import SplitBatchNorm
+from batchnorm.variants.variant import Variant
 
-KINDS = (_BatchNorm, _ConvNd, nn.Linear)
+KINDS = (_BatchNorm, Variant, SplitBatchNorm, _ConvNd, nn.Linear)
 CONTAINERS = (
     nn.ModuleList,
     nn.ModuleDict,

@@ -1,1 +1,1 @@
-"""The layer's family: what is batch normalization, but not of one batch on axis 1."""
+"""The layer's family: batch normalization of another batch, with other statistics or on another axis."""

@@ -30,6 +30,8 @@ STYLES = {
     "layer": Style("#a8497f", "#e79fc6", (1, 2)),
     "batch-noise": Style("#6a5acd", "#b3a9f5", (5, 2, 1, 2)),
     "batch-population": Style("#8a6d00", "#d9bd4a", (3, 3)),
+    "ghost": Style("#4b5fa8", "#a9b8f5", (6, 2, 1, 2)),
+    "renorm": Style("#6b6b00", "#d6d04a", (10, 2)),
 }
 QUANTITY_STYLES = {
     "train_loss": Style("#0072b2", "#56b4e9", SOLID),

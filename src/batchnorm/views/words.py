@@ -14,6 +14,8 @@ PHRASES: dict[str, tuple[str, str]] = {
     "layer": ("with layer norm", "有层归一化"),
     "batch-noise": ("with BN and noise", "有批量归一化加噪声"),
     "batch-population": ("with population norm", "有总体统计量归一化"),
+    "ghost": ("with ghost BN", "有 ghost 批量归一化"),
+    "renorm": ("with batch renormalization", "有批量重归一化"),
     # the quantities
     "epoch": ("epoch", "轮数"),
     "seconds": ("seconds of training", "训练秒数"),

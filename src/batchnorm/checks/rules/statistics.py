@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
@@ -12,6 +11,8 @@ from batchnorm.checks.probing import standardized_gap
 from batchnorm.checks.rules import Evidence, rule
 from batchnorm.checks.rules.state import initial, untrained
 from batchnorm.checks.subject import Layer, Subject, Training
+from batchnorm.model.discovery import Norm
+from batchnorm.variants.estimators import EstimatorBatchNorm
 
 GAP = 0.25  # of the outputs' standard deviation
 DRIFT = 0.75  # √mean(shift² + (ln ratio)²) of a layer
@@ -99,6 +100,8 @@ def _fed_in_turn(seen: Training, layer: Layer) -> bool:
 
 def initial_share(layer: Layer) -> float | None:
     """(1 − momentum)^t: how much of the initial mean 0 and variance 1 is still in the average."""
+    if isinstance(layer, EstimatorBatchNorm) and layer.average != "exponential":
+        return None  # the others have nothing of it from the first batch on
     counter, momentum = layer.num_batches_tracked, layer.momentum
     if counter is None or is_lazy(counter) or momentum is None or not 0 <= momentum < 1:
         return None
@@ -158,7 +161,7 @@ def averaged_without_statistics(subject: Subject) -> Iterator[Evidence]:
     level = Level.NOTE if subject.probe is None else None
     for path, module in subject.model.named_modules():
         if isinstance(module, AveragedModel) and not module.use_buffers and module.n_averaged > 1:
-            inside = any(isinstance(m, _BatchNorm) for m in module.modules())
+            inside = any(isinstance(m, Norm) for m in module.modules())
             if inside and any(True for _ in subject.tracking()):
                 count = int(module.n_averaged)
                 yield Evidence(

@@ -1,0 +1,169 @@
+"""What the members of the family have in common: torch's parameters and buffers, and evaluation.
+
+A member computes something else than batch normalization in training, so it is no `_BatchNorm`:
+tools that replace those (SyncBatchNorm's conversion, torch's and timm's fusions) would silently
+drop what it does. This library's own tools find it by `Variant`.
+"""
+
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from batchnorm.errors import BatchNormError
+from batchnorm.functional import batch_norm
+
+
+class Variant(_NormBase):
+    """In evaluation y = (x − running mean) / √(running var + eps) · weight + bias; see the members.
+
+    Parameters, buffers and state dict have torch's names and shapes, so that the state dict of a
+    batch norm loads into a member and the other way round.
+    """
+
+    ranks: tuple[int, ...] = ()  # of the inputs that the layer takes; empty: any from 2
+    options: tuple[str, ...] = ()  # the arguments that only this member has
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize input: (N, C, *spatial); update the running statistics in training mode."""
+        if isinstance(input, fx.Proxy):
+            leaf: Tensor = as_leaf(self, input)
+            return leaf
+        check_rank(self, input, self.ranks)
+        if input.shape[1] != self.num_features:
+            raise BatchNormError(
+                f"{type(self).__name__}({self.num_features}) got {input.shape[1]} channels in an "
+                f"input of shape {tuple(input.shape)}; channels are axis 1. Build it with "
+                f"num_features={input.shape[1]}, or move the channels to axis 1."
+            )
+        if self.training:
+            return self.train_on(input)
+        by_batch = self.running_mean is None  # as torch's layers, which then know nothing else
+        return self.normalize(input, self.running_mean, self.running_var, by_batch)
+
+    def train_on(self, x: Tensor) -> Tensor:
+        """The forward pass in training mode."""
+        raise NotImplementedError
+
+    def normalize(
+        self,
+        x: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        by_batch: bool,
+        momentum: float = 0.0,
+    ) -> Tensor:
+        """Plain batch normalization with the layer's eps, weight and bias."""
+        return batch_norm(x, mean, var, self.weight, self.bias, by_batch, momentum, self.eps)
+
+    def running(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance, of a layer that keeps them."""
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
+            raise BatchNormError(
+                f"{type(self).__name__} got running_mean or running_var None, and wants both: it is "
+                "about them. Give it buffers, or use BatchNorm."
+            )
+        return mean, var
+
+    @property
+    def updates(self) -> bool:
+        """Training moves the running statistics: there are some, and nobody has paused them."""
+        return self.running_mean is not None and self.track_running_stats
+
+    def share(self) -> Tensor | float:
+        """Count a batch; the weight that it has in the running statistics.
+
+        momentum, or, where that is None, 1 / t: after t batches their plain average. The counter
+        stays a tensor: reading it would wait for the device and break the graph of `torch.compile`.
+        """
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            return self.momentum
+        if self.num_batches_tracked is None:
+            return 0.0  # neither momentum nor a counter: alone, as torch's layers leave them
+        return self.seen().reciprocal()
+
+    def seen(self) -> Tensor:
+        """The count of batches as a number to divide by: an integer's would be float32's."""
+        assert self.num_batches_tracked is not None  # noqa: S101  # the caller asked
+        assert self.running_mean is not None  # noqa: S101
+        double = self.running_mean.dtype == torch.float64
+        return self.num_batches_tracked.to(torch.float64 if double else torch.float32)
+
+    @torch.no_grad()
+    def move(self, mean: Tensor, var: Tensor) -> None:
+        """running ← running + share · (batch − running)."""
+        share = self.share()
+        for running, batch in zip(self.running(), (mean, var), strict=True):
+            step = share.to(running.dtype) if isinstance(share, Tensor) else share
+            running.lerp_(batch.to(running), step)
+
+    @classmethod
+    def of(cls, norm: _NormBase, **options: Any) -> Self:
+        """This member in the place of a norm: its options, the same parameter and buffer objects."""
+        unknown = set(options) - set(cls.options)
+        if unknown:
+            wanted = ", ".join(cls.options)
+            raise BatchNormError(
+                f"{cls.__name__} got {', '.join(sorted(unknown))} and wants "
+                f"{wanted or 'no further arguments'}."
+            )
+        made = cls(norm.num_features, norm.eps, norm.momentum, device="meta", **options)
+        made.ranks = ranks_of(norm)
+        take(made, norm)
+        return made
+
+    def extra_repr(self) -> str:
+        usual = super().extra_repr()  # type: ignore[no-untyped-call]
+        return ", ".join([usual, *(f"{name}={getattr(self, name)}" for name in self.options)])
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise BatchNormError(
+            f"{type(self).__name__} cannot be compiled by TorchScript, which torch has deprecated. "
+            "Use torch.export or torch.compile."
+        )
+
+
+STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+RANKS: dict[type[_BatchNorm], tuple[int, ...]] = {
+    nn.BatchNorm1d: (2, 3),
+    nn.BatchNorm2d: (4,),
+    nn.BatchNorm3d: (5,),
+}
+
+
+def ranks_of(norm: nn.Module) -> tuple[int, ...]:
+    """Of the inputs that a norm takes; () for any."""
+    if isinstance(norm, Variant):
+        return norm.ranks
+    return next((ranks for kind, ranks in RANKS.items() if isinstance(norm, kind)), ())
+
+
+def take(made: _NormBase, norm: _NormBase) -> None:
+    """The norm's switches, mode, and parameter and buffer objects, for a layer of the same size."""
+    made.affine, made.track_running_stats = norm.affine, norm.track_running_stats
+    for name in STATE:
+        setattr(made, name, getattr(norm, name))
+    made.train(norm.training)
+
+
+def check_rank(layer: nn.Module, x: Tensor, ranks: tuple[int, ...]) -> None:
+    """The rank of an input is one that the layer takes."""
+    if x.dim() in ranks or (not ranks and x.dim() >= 2):
+        return
+    wanted = "D or ".join(map(str, ranks)) + "D" if ranks else "2D or more"
+    raise BatchNormError(
+        f"{type(layer).__name__} expected {wanted} input (got {x.dim()}D input of shape "
+        f"{tuple(x.shape)}). Add the batch axis with input[None], or build the layer anew: it then "
+        "takes any rank from 2."
+    )
+
+
+def as_leaf(layer: nn.Module, input: fx.Proxy) -> Any:
+    """Stay one node under symbolic tracing, as torch.nn's layers do."""
+    tracer = input.tracer
+    assert isinstance(tracer, fx.Tracer)  # noqa: S101  # others hand out no Proxy to a module
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
