@@ -108,15 +108,6 @@ def test_the_family_s_page_runs():
     assert names["again"].num_features == 64
 
 
-def test_the_family_s_page_names_tests_that_exist():
-    named = re.findall(r"`(?:(test_\w+\.py)(?:::(\w+))*|(test_\w+))`", text(FAMILY))
-    assert len(named) > 10
-    source = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    for file, function, alone in named:
-        assert not file or (ROOT / "tests" / file).exists()
-        assert not (function or alone) or f"def {function or alone}(" in source
-
-
 @pytest.mark.parametrize("name", [*READMES, GUIDE])
 def test_the_commands_options_exist(name):
     shell = "\n".join(blocks(name, "sh")).replace("\\\n", " ")
