@@ -21,9 +21,9 @@ def calls(monkeypatch):
     """What the fused calls were given: (a residual, the activation)."""
     found = []
 
-    def normalize(self, input, residual=None, activation=None):
+    def normalize(self, input, residual=None, activation=None, *mask_and_axis):
         found.append((residual is not None, activation))
-        return batch_norm(self, input, residual, activation)
+        return batch_norm(self, input, residual, activation, *mask_and_axis)
 
     batch_norm = batchnorm.layers.Forward.normalize
     monkeypatch.setattr(batchnorm.layers.Forward, "normalize", normalize)

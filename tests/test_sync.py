@@ -20,11 +20,14 @@ from batchnorm.variants import sync
 RANKS = Path(__file__).parent / "ranks.py"
 
 
-def processes(name, count=2, **environment):
-    """Run a function of ranks.py in so many processes."""
+def processes(name, count=2, patience=0.1, **environment):
+    """Run a function of ranks.py in so many processes.
+
+    patience: seconds between two looks for a process that failed; the others are ended then.
+    """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1",
-        f"--nproc-per-node={count}", str(RANKS), name,
+        f"--nproc-per-node={count}", f"--monitor-interval={patience}", str(RANKS), name,
     ]  # fmt: skip
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False,
@@ -70,7 +73,8 @@ def test_calls_that_differ_end_in_an_error_that_names_the_layer(name, count):
 
 def test_layers_of_other_sizes_end_too():
     """gloo ends the process whose message is too long; the other names the layer."""
-    run = processes("another_width")
+    # the one that gloo ends is gone at once, and the other has to be let speak
+    run = processes("another_width", patience=5)
     assert run.returncode != 0
     assert "SyncBatchNorm '1' is in the forward pass of its call 1" in run.stderr
     assert "in the forward pass of call 1 of 'a layer that was not called here yet'" in run.stderr

@@ -347,7 +347,7 @@ def test_a_network_that_learns_its_sizes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet", "there is no network called 'resnet'"),
+        ("resnext", "there is no network called 'resnext'"),
         ("tiny:raises", "the network function tiny:raises raised KeyError"),
         ("tiny:not_a_network", "returned a int and should return a torch.nn.Module"),
         ("tiny:without_norm", "has no batch-norm layer"),
