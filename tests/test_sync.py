@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import pickle
 import subprocess
 import sys
@@ -76,8 +77,8 @@ def test_layers_of_other_sizes_end_too():
     # the one that gloo ends is gone at once, and the other has to be let speak
     run = processes("another_width", patience=5)
     assert run.returncode != 0
-    assert "SyncBatchNorm '1' is in the forward pass of its call 1" in run.stderr
-    assert "in the forward pass of call 1 of 'a layer that was not called here yet'" in run.stderr
+    # it compares what came, or finds the other one gone: which comes first is chance
+    assert re.search(r"SyncBatchNorm '1'( is|,) in the forward pass of its call 1", run.stderr)
 
 
 @settings(deadline=None, max_examples=60)
