@@ -2,8 +2,8 @@
 
 import copy
 import os
-import re
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
