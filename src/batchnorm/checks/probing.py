@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import noop_context_fn
 
 from batchnorm import kernels, masks
+from batchnorm.checks.dependence import CLOSE, origin
 from batchnorm.checks.subject import Layer, Probe, Seen, Subject
 from batchnorm.model.calling import generators_kept, unchanged
 from batchnorm.model.recalibration import Collector, Forward, Moments, Pass, run, size_of
@@ -35,7 +36,7 @@ def probe(subject: Subject, loader: Iterable[Any], forward: Forward | None, samp
         found.batch_size = max(size for _, size in batches)
         with Collector(model, [layer for _, layer in subject.tracking()]) as collector:
             _look(subject, batches, forward, found)
-            found.alone = _alone(model, batches[0][0], forward)
+            _alone(model, batches[0][0], forward, found)
             _compare(subject, collector, batches, forward, found)
     return found
 
@@ -113,20 +114,22 @@ def _padding(x: Tensor) -> float:
     return float(tails.sum()) / x.shape[0] / x.shape[2]
 
 
-def _alone(model: nn.Module, batch: Any, forward: Forward) -> float | None:
+def _alone(model: nn.Module, batch: Any, forward: Forward, found: Probe) -> None:
     """How far the first half's outputs move when the second half is not there, in evaluation."""
     half = _half(batch)
     if half is None:
-        return None
+        return
     whole, again, part = (_flat(forward(model, each)) for each in (batch, batch, half))
     if whole is None or again is None or part is None or len(part) == 0:
-        return None
+        return
     scale = float(whole.std()) if whole.numel() > 1 else 0.0
     if whole.shape[1:] != part.shape[1:] or not scale > 0:
-        return None
+        return
     if float((whole - again).abs().max()) > 1e-4 * scale:
-        return None  # it draws
-    return float((whole[: len(part)] - part).abs().max()) / scale
+        return  # it draws
+    found.alone = float((whole[: len(part)] - part).abs().max()) / scale
+    if found.alone > CLOSE:
+        found.origin = origin(model, partial(forward, model), batch, half)
 
 
 def _half(batch: Any) -> Any:

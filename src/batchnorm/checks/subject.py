@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.checks.dependence import Origin
 from batchnorm.model.discovery import batch_norms, constant_norms
 from batchnorm.model.freezing import Frozen
 from batchnorm.model.recalibration import Moments, size_of
@@ -51,6 +52,7 @@ class Probe:
     accuracy: tuple[float, float] | None = None  # with running and with fresh statistics
     chance: float = 0.0  # an accuracy that is above what the commonest class gives by chance
     alone: float | None = None  # how far a sample's output moves with the others of its batch
+    origin: Origin | None = None  # where that begins, if it does
 
 
 @dataclass

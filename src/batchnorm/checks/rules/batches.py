@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 
+from batchnorm.checks.dependence import CLOSE
 from batchnorm.checks.findings import Level
 from batchnorm.checks.rules import Evidence, rule
 from batchnorm.checks.subject import Layer, Seen, Subject
@@ -234,15 +235,21 @@ def batch_dependence(subject: Subject) -> Iterator[Evidence]:
     Measured in evaluation mode; reported above 1e-3 of the outputs' standard deviation, far above
     what another summation order does in float32. Somewhere statistics of the batch are used: a
     hand-written layer whose switch is not `self.training`, `F.batch_norm(training=True)`, a layer
-    without running statistics (BN010). A model that gives the same batch other outputs in a second
-    pass, as one that draws noise, is not compared. Observers of quantization-aware training do it too, on
-    purpose: nothing is said of a model that has them.
+    without running statistics (BN010). Named is the first module whose outputs differ. It is known
+    for a norm by its class, by its call of torch's operator, or because BN(a·x + b) = BN(x); where
+    it is none of these, as a head that compares the samples of a batch on purpose, it is a note. A
+    model that gives the same batch other outputs in a second pass, as one that draws noise, is not
+    compared. Observers of quantization-aware training do it too, on purpose: nothing is said of a
+    model that has them.
     """
     probe = subject.probe
     if any(isinstance(m, FakeQuantizeBase | ObserverBase) for m in subject.model.modules()):
         return
-    if probe is not None and probe.alone is not None and probe.alone > 1e-3:
-        text = (
-            f"outputs move by {probe.alone:.2g} standard deviations without the batch's second half"
-        )
-        yield Evidence("", text, {"difference": probe.alone})
+    if probe is None or probe.alone is None or probe.alone <= CLOSE:
+        return
+    text = f"outputs move by {probe.alone:.2g} standard deviations without the batch's second half"
+    norm = probe.origin is not None and probe.origin.norm
+    if not norm:
+        text += ", and no batch norm is seen to do it"
+    where = probe.origin.name if probe.origin is not None else ""
+    yield Evidence(where, text, {"difference": probe.alone}, None if norm else Level.NOTE)

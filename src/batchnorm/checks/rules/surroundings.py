@@ -93,11 +93,11 @@ def lonely_sync(subject: Subject) -> Iterator[Evidence]:
     On a CPU with torch.distributed running, torch's raises in training: an error.
     """
     for name, layer in subject.layers.items():
-        if not isinstance(layer, nn.SyncBatchNorm):
+        if not isinstance(layer, SYNCHRONISED):
             continue
         on_cpu = layer.running_mean is not None and layer.running_mean.device.type == "cpu"
         if _world() > 1:
-            if on_cpu and layer.training:
+            if on_cpu and layer.training and isinstance(layer, nn.SyncBatchNorm):
                 text = "SyncBatchNorm on a CPU: torch's takes GPU tensors only"
                 yield Evidence(name, text, level=Level.ERROR)
         else:
