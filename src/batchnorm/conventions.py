@@ -29,6 +29,8 @@ from torch import Tensor
 from batchnorm.errors import BatchNormError
 from batchnorm.layers import BatchNorm
 from batchnorm.model.discovery import Norm
+from batchnorm.variants.estimators import EstimatorBatchNorm
+from batchnorm.variants.renorm import RenormBatchNorm
 
 Array: TypeAlias = NDArray[Any]
 # Any: Keras, Flax and ONNX are not imported to be read
@@ -305,6 +307,12 @@ def _exported(norm: Norm, verb: str, count: int | None) -> State:
         raise BatchNormError(
             f"{verb} got a layer with momentum=None, an average over all batches, which the others do "
             "not have. Set layer.momentum, the weight of the new batch, first."
+        )
+    own = isinstance(norm, EstimatorBatchNorm) and not norm.unbiased
+    if count is not None and (own or isinstance(norm, RenormBatchNorm)):
+        raise BatchNormError(
+            f"{verb} got count={count} for a {type(norm).__name__} whose running variance is biased "
+            "already, as the others'. Leave count out."
         )
     bessel = 1.0 if count is None else (_counted(count) - 1) / count
     weight, bias = (None if p is None else _numpy(p) for p in (norm.weight, norm.bias))

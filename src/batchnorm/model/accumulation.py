@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError
+from batchnorm.functional import check_channels
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.layers import Forward
 from batchnorm.model.account import log
 from batchnorm.model.calling import eagerly
 from batchnorm.model.discovery import activation_of, batch_norms, refuse_no_model
+from batchnorm.model.freezing import moves_while_frozen
 from batchnorm.variants.accumulation import Arrival, Lockstep, in_lockstep
 from batchnorm.variants.sync import SyncBatchNorm, several
+from batchnorm.variants.variant import Variant
 
 
 def accumulate(
@@ -45,8 +48,9 @@ def accumulate(
         The sum, with the graph of all micro-batches: call `backward()` on it once.
 
     Raises:
-        BatchNormError: no micro-batch; micro-batches that call different norms; a checkpoint, a mask
-            or a norm synchronised over several processes inside.
+        BatchNormError: no micro-batch; micro-batches that call different norms; a loss that is no
+            scalar; inside, a checkpoint, a mask, a norm synchronised over several processes, a member
+            of the family, a frozen norm whose statistics move, or another `accumulate`.
     """
     refuse_no_model(model, "accumulate")
     batches = list(micro_batches)
@@ -60,10 +64,11 @@ def accumulate(
     if not layers:
         log.warning("accumulate: no norm in the model takes the batch's statistics")
     _refuse_synchronised(layers)
+    _refuse_others(batch_norms(model))
     losses: list[Any] = [None] * len(batches)
 
     def work(place: int) -> None:
-        losses[place] = loss_fn(model, batches[place])
+        losses[place] = _scalar(loss_fn(model, batches[place]))
 
     with eagerly():
         works = [partial(work, place) for place in range(len(batches))]
@@ -80,6 +85,34 @@ def _refuse_synchronised(layers: dict[nn.Module, str]) -> None:
                 f"accumulate: {name!r} is synchronised over processes, and accumulate joins the "
                 'micro-batches of one. Convert it back: convert(model, "ours").'
             )
+
+
+def _refuse_others(norms: dict[str, Any]) -> None:
+    for name, layer in norms.items():
+        if isinstance(layer, Variant):
+            raise BatchNormError(
+                f"accumulate: {name!r} is a {type(layer).__name__}, which does not normalize by the "
+                'large batch\'s statistics. Convert it back: convert(model, "ours").'
+            )
+        if moves_while_frozen(layer):
+            raise BatchNormError(
+                f"accumulate: {name!r} is frozen, and its statistics move with every micro-batch. "
+                "Freeze it with update=False."
+            )
+        if {"normalize", "forward"} & vars(layer).keys():
+            raise BatchNormError(
+                f"accumulate: {name!r} is in an accumulate already. Pass all micro-batches to one."
+            )
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise BatchNormError(
+            f"accumulate: loss_fn gave {what} and should give the micro-batch's share of the loss, a "
+            "scalar: for a mean over n samples, the sum over its own divided by n."
+        )
+    return loss.reshape(())
 
 
 @contextmanager
@@ -109,6 +142,7 @@ def _meet(
 ) -> Tensor:
     _refuse_what_is_not_joined(name, mask)
     layer._check_input_dim(x)  # noqa: SLF001  # torch has no public way
+    check_channels(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, axis)
     if residual is None:
         y = lockstep.meet(Arrival(layer, x.movedim(axis, 1), activation))
         return y.movedim(1, axis)

@@ -95,8 +95,6 @@ def convert(
     """
     refuse_no_model(model, "convert")
     _check(to, fuse, process_group, options)
-    if to != "ours":
-        fusion.unfuse(model)
     made: dict[nn.Module, nn.Module] = {}
     why: dict[nn.Module, str] = {}
     norms = _places(model, to)
@@ -106,6 +104,8 @@ def convert(
             made[layer] = _converted(layer, to, options)
         except _Left as reason:
             why[layer] = str(reason)
+    if to != "ours":  # now that nothing can be refused any more
+        fusion.unfuse(model)
     _name(wanted, made, process_group)
     model = _replace(model, made)
     taken = fusion.fuse(model) if fuse else {}

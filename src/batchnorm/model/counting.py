@@ -3,15 +3,20 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import distributed, nn
 
 from batchnorm import masks
+from batchnorm.errors import BatchNormError
 from batchnorm.model.account import log
 from batchnorm.model.discovery import SYNCHRONISED, batch_norms, refuse_no_model
+from batchnorm.model.freezing import moves_while_frozen
 from batchnorm.model.recalibration import Moments
+from batchnorm.variants.ghost import GhostBatchNorm
 from batchnorm.variants.sync import SyncBatchNorm
+from batchnorm.variants.variant import Variant
 
 
 @contextmanager
@@ -39,13 +44,21 @@ def one_update(model: nn.Module) -> Iterator[nn.Module]:
 
     Yields:
         The model.
+
+    Raises:
+        BatchNormError: one_update is on for a layer already; a layer whose statistics move by a rule
+            of their own (`RenormBatchNorm`, `EstimatorBatchNorm`, frozen with update=True).
     """
     refuse_no_model(model, "one_update")
-    layers = [m for m in batch_norms(model).values() if m.running_mean is not None]
+    norms = batch_norms(model)
+    _refuse(norms)
+    layers = [m for m in norms.values() if m.running_mean is not None]
     if not layers:
         log.warning("one_update: no batch norm in the model, nothing to do")
     gathered = [_Gathered(layer) for layer in layers]
     with ExitStack() as hooks:
+        hooks.callback(lambda: INSIDE.difference_update(layers))
+        INSIDE.update(layers)
         for each in gathered:
             before = each.layer.register_forward_pre_hook(each.lend, with_kwargs=True)
             hooks.enter_context(before)
@@ -54,6 +67,24 @@ def one_update(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     for each in gathered:
         each.move()
+
+
+INSIDE: WeakSet[nn.Module] = WeakSet()  # layers that a one_update holds
+
+
+def _refuse(norms: dict[str, Any]) -> None:
+    for name, layer in norms.items():
+        if layer in INSIDE:
+            raise BatchNormError(
+                f"one_update is on for {name!r} already, and its statistics move once. Leave the inner "
+                "one out."
+            )
+        own = isinstance(layer, Variant) and not isinstance(layer, GhostBatchNorm)
+        if own or moves_while_frozen(layer):
+            raise BatchNormError(
+                f"one_update: {name!r}, a {type(layer).__name__}, moves its statistics by a rule of its "
+                'own. Convert it back, convert(model, "ours"), or unfreeze it.'
+            )
 
 
 class _Gathered:
@@ -71,6 +102,9 @@ class _Gathered:
             return
         x, keep = masks.called(args, kwargs)
         count = x.numel() // max(x.shape[1], 1) if keep is None else int(keep.sum())
+        if count < 2 and not isinstance(layer, SYNCHRONISED):
+            self._own.append(None)  # it raises, or takes its running statistics: single_values
+            return
         own = dict(layer.named_buffers(recurse=False))
         self._own.append((own, layer.momentum, count))
         for name, buffer in own.items():

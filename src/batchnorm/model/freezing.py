@@ -248,6 +248,11 @@ def _set_aside(model: nn.Module) -> Iterator[None]:
         SET_ASIDE.difference_update(layers)
 
 
+def moves_while_frozen(layer: nn.Module) -> bool:
+    """It uses its running statistics, and every batch moves them: freeze(update=True)."""
+    return isinstance(layer, Frozen) and layer._switches.use and layer._switches.update  # noqa: SLF001  # our own
+
+
 def freeze_layer(layer: Norm, *, use: bool, update: bool, parameters: bool) -> Norm:
     """Freeze one layer, in place; see `freeze`."""
     _thaw(layer)

@@ -116,25 +116,33 @@ def _before(
     return g
 
 
+Layout = tuple[torch.Size, tuple[int, ...]]
+
+
+def _layout(t: Tensor) -> Layout:
+    return t.shape, t.stride()
+
+
 class Recipes:
     """What the norms gave: kept for the backward pass not as tensors, but as how to compute them."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[StorageWeakRef, int, Callable[[], Tensor]]] = {}
+        self._known: dict[int, tuple[StorageWeakRef, int, Layout, Callable[[], Tensor]]] = {}
 
     def add(self, y: Tensor, recipe: Callable[[], Tensor]) -> None:
         """Take note of how y was computed."""
-        storage = y.untyped_storage()
-        self._known[y.data_ptr()] = (StorageWeakRef(storage), y._version, recipe)  # noqa: SLF001  # torch's
+        storage = StorageWeakRef(y.untyped_storage())
+        self._known[y.data_ptr()] = (storage, y._version, _layout(y), recipe)  # noqa: SLF001  # torch's
 
     def pack(self, t: Tensor) -> Any:
         """In the place of a tensor that is to be kept: its recipe, if it is what a norm gave."""
         found = self._known.get(t.data_ptr())
         if found is None:
             return t
-        storage, version, recipe = found
+        storage, version, layout, recipe = found
         here = StorageWeakRef(t.untyped_storage())
-        same = storage == here and not storage.expired()  # not what lies there today
+        # not what lies there today, and no view that begins at the same place
+        same = storage == here and not storage.expired() and layout == _layout(t)
         # changed in place, as by ReLU(inplace=True), it is another tensor
         return recipe if same and t._version == version else t  # noqa: SLF001
 
@@ -284,8 +292,14 @@ def in_lockstep(
     with intercept(lockstep):
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # Ctrl-C: each thread gives up at its next norm
+            lockstep.failure = lockstep.failure or error
+            for thread in threads:
+                thread.join()
+            raise
     if lockstep.failure is not None:
         raise lockstep.failure
 

@@ -75,6 +75,11 @@ class EstimatorBatchNorm(Variant):
                 f"EstimatorBatchNorm got momentum=None with average={average!r}, which is an average "
                 'by momentum. Pass momentum=0.1, or average="cumulative".'
             )
+        if average == "debiased" and momentum is not None and not 0 < momentum <= 1:
+            raise BatchNormError(
+                f'EstimatorBatchNorm got momentum={momentum} with average="debiased" and wants more than '
+                "0 and at most 1: the start is taken out by dividing by 1 − (1 − momentum)^t."
+            )
         self.unbiased, self.average = unbiased, average
 
     def train_on(self, x: Tensor) -> Tensor:

@@ -77,6 +77,12 @@ class SplitBatchNorm(nn.Module):
             )
         options = (eps, momentum, affine, track_running_stats, device, dtype)
         self.shared = shared
+        for name in domains:
+            if "." in name or hasattr(nn.ModuleDict, name):
+                raise BatchNormError(
+                    f"SplitBatchNorm got a domain {name!r}, which is part of torch.nn.ModuleDict or has a "
+                    "dot in it. Name it otherwise."
+                )
         self.domain = domains[0]
         self.domains = nn.ModuleDict(
             {name: BatchNorm(num_features, *options, bias=bias) for name in domains}
