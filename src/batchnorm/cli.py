@@ -136,7 +136,7 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder of a comparison.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of a comparison, or of studies.")],
     lang: Annotated[
         Language, typer.Option(help="Of the pictures, the page and the table.")
     ] = Language.en,
@@ -144,8 +144,14 @@ def report(
     """Make the pictures, the tables and the page of a record again."""
     with said():
         from batchnorm import comparison  # noqa: PLC0415
-        from batchnorm.views import console  # noqa: PLC0415
+        from batchnorm.lab import results  # noqa: PLC0415
+        from batchnorm.views import console, studies_page  # noqa: PLC0415
+        from batchnorm.views.words import Words  # noqa: PLC0415
 
+        if (folder / results.FOLDER).is_dir():
+            studies_page.report(folder, Words(lang.value))
+            typer.echo(folder / studies_page.PAGE)
+            return
         result = comparison.report(folder, language=lang.value)
         console.show(result.record, result.words)
 

@@ -18,7 +18,7 @@ from batchnorm.lab.results import Result
 from batchnorm.lab.studies import recalibration as rescue
 from batchnorm.lab.studies.recalibration import Rescue, Study, StudyConfig
 from batchnorm.lab.summary import Spread
-from batchnorm.views import dumbbell, fonts, grids
+from batchnorm.views import dumbbell, fonts, grids, studies_page
 from batchnorm.views.verdict import number
 from batchnorm.views.words import Words
 
@@ -81,6 +81,7 @@ def run(request: Request) -> list[Result]:
             lost = engine.run(plan, request.folder, request.data_dir, workers, board)
         judged = [results.conclude(s, request.size, planned[s.name], request.folder) for s in found]
         results.write(judged, request.folder)
+        studies_page.report(request.folder, words)
     console = Console(highlight=False)
     for result in judged:
         console.print(grids.verdicts(result, words))

@@ -41,7 +41,7 @@ def accuracy(record: Record, words: Words) -> Spec:
     y = alt.Y("value:Q", title=None, scale=alt.Scale(domain=[0, 1]))
     chart = _lines(lines, x, y).add_params(alt.param(name="until", value=last))
     chart = chart.transform_filter("datum.epoch <= until")
-    return _spec(chart.properties(height=340), words("test_accuracy"), _ends(lines))
+    return finish(chart.properties(height=340), words("test_accuracy"), _ends(lines))
 
 
 def quantities(record: Record, words: Words) -> dict[str, Spec]:
@@ -56,7 +56,7 @@ def quantities(record: Record, words: Words) -> dict[str, Spec]:
             alt.param(name="axis", value="epoch"), _shown(record)
         )
         chart = chart.transform_calculate(x="datum[axis]").transform_filter(_ARM_IS_SHOWN)
-        charts[quantity] = _spec(chart.properties(height=200), words(quantity), _ends(lines))
+        charts[quantity] = finish(chart.properties(height=200), words(quantity), _ends(lines))
     return charts
 
 
@@ -84,10 +84,10 @@ def table(record: Record) -> list[dict[str, Any]]:
 
 def _lines(lines: list[Line], x: alt.X, y: alt.Y) -> alt.LayerChart:
     """The mean over the seeds, each seed thin behind it, a cross where one diverged."""
-    colour, dash = _looks("line", {line.label: (line.arm, line.style) for line in lines})
-    base = alt.Chart(_data(_rows(lines))).encode(x=x, y=y, color=colour)
+    colour, dash = looks("line", {line.label: (line.arm, line.style) for line in lines})
+    base = alt.Chart(data(_rows(lines))).encode(x=x, y=y, color=colour)
     means = base.transform_filter("datum.seed === null")
-    layers = [means.mark_line(aria=False, strokeWidth=2.2).encode(strokeDash=dash), _hover(means)]
+    layers = [means.mark_line(aria=False, strokeWidth=2.2).encode(strokeDash=dash), hover(means)]
     if any(len(line.cells) > 1 for line in lines):
         seeds = base.transform_filter("datum.seed !== null")
         thin = seeds.mark_line(aria=False, strokeWidth=0.8, opacity=0.45)
@@ -98,7 +98,7 @@ def _lines(lines: list[Line], x: alt.X, y: alt.Y) -> alt.LayerChart:
     return alt.LayerChart(layer=layers)
 
 
-def _looks(field: str, of: dict[str, tuple[str, Style]]) -> tuple[alt.Color, alt.StrokeDash]:
+def looks(field: str, of: dict[str, tuple[str, Style]]) -> tuple[alt.Color, alt.StrokeDash]:
     """Colour and dashes by the values of a field; the page has its own legend."""
     colours = alt.Scale(domain=list(of), range=[f"var(--{arm})" for arm, _ in of.values()])
     dashes = [list(style.dashes) or SOLID for _, style in of.values()]
@@ -108,7 +108,7 @@ def _looks(field: str, of: dict[str, tuple[str, Style]]) -> tuple[alt.Color, alt
     )
 
 
-def _hover(means: alt.Chart) -> Any:
+def hover(means: alt.Chart) -> Any:
     """The point nearest to the pointer, and its numbers."""
     near = alt.selection_point(
         name="near", nearest=True, on="pointerover", fields=["line", "epoch"], empty=False
@@ -124,7 +124,7 @@ def _hover(means: alt.Chart) -> Any:
     return points.encode(opacity=opacity, tooltip=numbers).add_params(near)
 
 
-def _data(rows: list[dict[str, Any]]) -> alt.InlineData:
+def data(rows: list[dict[str, Any]]) -> alt.InlineData:
     return alt.InlineData(values=rows)
 
 
@@ -142,7 +142,7 @@ def _rows(lines: Iterable[Line]) -> list[dict[str, Any]]:
 
 
 def _row(line: Line, seed: int | None, point: Point) -> dict[str, Any]:
-    numbers = {name: _round(value) for name, value in point._asdict().items()}
+    numbers = {name: rounded(value) for name, value in point._asdict().items()}
     return {"line": line.label, "arm": line.arm, "seed": seed, **numbers}
 
 
@@ -154,8 +154,8 @@ def _shown(record: Record) -> alt.Parameter:
 
 
 def _layer(record: Record, place: str, words: Words) -> Spec:
-    colour, dash = _looks("arm", {arm: (arm, STYLES[arm]) for arm in record.arms})
-    base = alt.Chart(_data(_layer_rows(record, place))).encode(
+    colour, dash = looks("arm", {arm: (arm, STYLES[arm]) for arm in record.arms})
+    base = alt.Chart(data(_layer_rows(record, place))).encode(
         x=alt.X("epoch:Q", title=None), color=colour
     )
     base = base.transform_filter("datum.statistic === statistic").transform_filter(_ARM_IS_SHOWN)
@@ -169,12 +169,12 @@ def _layer(record: Record, place: str, words: Words) -> Spec:
     chart = alt.LayerChart(layer=[band, median]).add_params(
         alt.param(name="statistic", value=STATISTICS[0]), _shown(record)
     )
-    return _spec(chart.properties(height=170), place, words("layers heading"))
+    return finish(chart.properties(height=170), place, words("layers heading"))
 
 
 def _layer_rows(record: Record, place: str) -> list[dict[str, Any]]:
     return [
-        {"arm": arm, "epoch": _round(evaluation.epoch), "statistic": statistic, **band}
+        {"arm": arm, "epoch": rounded(evaluation.epoch), "statistic": statistic, **band}
         for arm in record.arms
         for evaluation in record.of(arm)[0].evaluations
         for statistic in STATISTICS
@@ -189,10 +189,10 @@ def _band(evaluation: Evaluation, place: str, statistic: str) -> dict[str, float
     if not values:
         return {}
     found = map(float, np.percentile(values, list(BAND.values())))
-    return dict(zip(BAND, map(_round, found), strict=True))
+    return dict(zip(BAND, map(rounded, found), strict=True))
 
 
-def _spec(chart: alt.LayerChart, name: str, description: str) -> Spec:
+def finish(chart: alt.LayerChart, name: str, description: str) -> Spec:
     """As a dictionary that fills its figure's width; the description is what is read aloud."""
     chart = chart.properties(width="container", description=f"{name}. {description}")
     spec: Spec = chart.to_dict(validate=True)
@@ -206,5 +206,5 @@ def _ends(lines: Iterable[Line]) -> str:
     return "; ".join(ends)
 
 
-def _round(value: float) -> float:
+def rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")

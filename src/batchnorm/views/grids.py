@@ -96,22 +96,22 @@ def verdicts(result: Result, words: Words) -> Table:
     for key in ("verdict", "effect", "interval", "p"):
         shown.add_column(words(key), justify="left" if key == "verdict" else "right")
     for question in result["questions"]:
-        shown.add_row(question["claim"][words.language], *_numbers(question, words))
+        shown.add_row(question["claim"][words.language], *numbers(question, words))
     return shown
 
 
-def _numbers(question: dict[str, Any], words: Words) -> tuple[str, str, str, str]:
+def numbers(question: dict[str, Any], words: Words) -> tuple[str, str, str, str]:
     verdict = words(question["verdict"])
     if question["exploratory"]:
         verdict = words("few seeds", verdict=verdict)
     interval = question["interval"]
     return (
         verdict,
-        _figure(question["effect"]),
-        "–" if interval is None else f"{_figure(interval[0])} … {_figure(interval[1])}",
-        _figure(question["p_adjusted"]),
+        short(question["effect"]),
+        "–" if interval is None else f"{short(interval[0])} … {short(interval[1])}",
+        short(question["p_adjusted"]),
     )
 
 
-def _figure(value: float | None) -> str:
+def short(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"

@@ -57,7 +57,7 @@ def render(record: Record, words: Words) -> str:
         commands=list(commands(record)),
         as_command=is_named(header.config),
         specs=specs,
-        libraries=_libraries(),
+        libraries=libraries(),
     )
 
 
@@ -89,7 +89,7 @@ def _environment() -> Environment:
 
 
 @cache
-def _libraries() -> str:
+def libraries() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that sets `window.vegaEmbed`."""
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return bundle.replace("</script", r"<\/script")  # ends no script element early

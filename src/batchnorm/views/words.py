@@ -296,9 +296,91 @@ PHRASES: dict[str, tuple[str, str]] = {
     "inconclusive": ("inconclusive", "无定论"),
     "few seeds": ("{verdict} (exploratory)", "{verdict}（探索性）"),
     "results are in": (
-        "The record is in {folder}: verdicts.json, verdicts.csv, cells.csv, results/",
-        "记录在 {folder}：verdicts.json、verdicts.csv、cells.csv、results/",
+        "The record is in {folder}: studies.html, verdicts.json, verdicts.csv, cells.csv, results/",
+        "记录在 {folder}：studies.html、verdicts.json、verdicts.csv、cells.csv、results/",
     ),
+    # the page of the studies
+    "held_out_accuracy": ("held-out accuracy", "留出集精度"),
+    "recalibrated_held_out_accuracy": (
+        "held-out accuracy, recalibrated",
+        "留出集精度（重新校准）",
+    ),
+    "variance_ratio": ("variance ratio", "方差比"),
+    "recalibration_gain": ("gain of recalibration", "重新校准的提高"),
+    "step": ("measurement, in order", "测量次序"),
+    "studies title": (
+        "What is said of batch normalization, tested",
+        "关于批量归一化的说法，逐条检验",
+    ),
+    "studies counts": (
+        (
+            "{total} claims in {studies} studies: {supported} supported, {contradicted} contradicted, "
+            "{inconclusive} inconclusive."
+        ),
+        (
+            "{studies} 项研究、{total} 条论断：{supported} 条成立，{contradicted} 条不成立，"
+            "{inconclusive} 条无定论。"
+        ),
+    ),
+    "studies how": (
+        (
+            "Within a seed all arms start alike and see the same order of images. The effect is "
+            "the mean over the seeds, with its 95% BCa interval; p is of a sign-flip test, "
+            "corrected by Holm over the questions of a study. The range that a claim names was "
+            "declared before the data were seen."
+        ),
+        (
+            "同一种子下，各组起点相同，图片顺序相同。效应是各种子的均值，附 95% BCa 区间；"
+            "p 来自符号翻转检验，并在每项研究的问题之间作 Holm 校正。"
+            "论断所指的范围在看到数据之前就已声明。"
+        ),
+    ),
+    "studies exploratory": (
+        "{count} of them have too few seeds for any other verdict than inconclusive: exploratory.",
+        "其中 {count} 条种子太少，只能是无定论：仅为探索。",
+    ),
+    "studies script": (
+        (
+            "The curves are drawn by a script, which this browser does not run. The tables and the "
+            "pictures of the effects are whole without it."
+        ),
+        "曲线由脚本绘制，而此浏览器没有运行脚本。表格和效应的图不需要脚本。",
+    ),
+    "studies heading": ("The studies", "各项研究"),
+    "study": ("study", "研究"),
+    "strip text": (
+        (
+            "In the pictures: the dot is the effect, the line its 95% interval, a tick each seed; "
+            "shaded is where the claim holds."
+        ),
+        "图中：圆点为效应，横线为其 95% 区间，每个短竖线是一个种子；阴影为论断成立的范围。",
+    ),
+    "strip label": (
+        "effect {effect}, 95% interval {interval}; {rule}",
+        "效应 {effect}，95% 区间 {interval}；{rule}",
+    ),
+    "rule above": ("claimed: above {low:g}", "论断：大于 {low:g}"),
+    "rule below": ("claimed: below {high:g}", "论断：小于 {high:g}"),
+    "rule between": ("claimed: {low:g} to {high:g}", "论断：{low:g} 到 {high:g}"),
+    "so many seeds": ("seeds: {count}", "种子数：{count}"),
+    "missing cells": (
+        "{count} cells failed or were not run; the numbers are without them.",
+        "{count} 个单元失败或未运行；数值中不含它们。",
+    ),
+    "number interval": ("number [95% interval]", "数值 [95% 区间]"),
+    "study open": ("Curves, numbers, and how to run it again", "曲线、数值，以及如何再运行一次"),
+    "at": ("at", "取值"),
+    "band text": (
+        (
+            "Thick: mean over the seeds, as far as all of them go; band: ± a standard deviation "
+            "between seeds. Thin: each seed."
+        ),
+        "粗线：各种子的均值，画到全部种子都有数值为止；带：± 种子间的标准差；细线：每个种子。",
+    ),
+    "heat heading": ("The grid", "网格"),
+    "mean of": ("{name}, mean over the seeds", "{name}，各种子的均值"),
+    "every cell": ("Every cell", "每个单元"),
+    "where heading": ("Where it was run", "在哪里运行"),
     "configuration": ("configuration", "配置"),
     "value": ("value", "值"),
     "default": ("all", "全部"),
@@ -326,3 +408,7 @@ class Words:
     def __call__(self, key: str, /, **values: object) -> str:
         phrase = PHRASES[key][LANGUAGES.index(self.language)]
         return phrase.format(**values) if values else phrase
+
+    def quantity(self, name: str) -> str:
+        """What a measured number is called; a probe's own by its name."""
+        return self(name) if name in PHRASES else name.replace("_", " ")

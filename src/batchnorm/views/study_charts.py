@@ -1,0 +1,160 @@
+"""A study's charts: its curves with bands and each seed's line, and its grid as a heat map."""
+
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import altair as alt
+
+from batchnorm.lab.results import Result
+from batchnorm.views.charts import Spec, data, finish, looks, rounded
+from batchnorm.views.lines import STYLES, Style
+from batchnorm.views.words import Words
+
+CURVES = ("test_accuracy", "recalibrated_test_accuracy", "train_loss")  # of a training
+SHADES = ["#d6e6f4", "#08306b"]  # the same on white and on black: each cell is its own paper
+WHITE_FROM = 0.55  # of the way from the light shade to the dark one
+
+
+def labels(result: Result, words: Words) -> dict[str, str]:
+    """What the arms are called."""
+    return {arm["name"]: arm["label"][words.language] for arm in result["arms"]}
+
+
+def styles(result: Result) -> dict[str, tuple[str, Style]]:
+    """A look for each arm: its own where it has one, else one that the others leave."""
+    names = [arm["name"] for arm in result["arms"]]
+    left = [name for name in STYLES if name not in names] or list(STYLES)
+    others = iter(left * len(names))
+    chosen = {name: name if name in STYLES else next(others) for name in names}
+    return {name: (key, STYLES[key]) for name, key in chosen.items()}
+
+
+def place(point: Mapping[str, Any]) -> str:
+    """A place in the grid, in words."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in point.items())
+
+
+def places(result: Result) -> list[str]:
+    """The places in the grid, in its order; one empty name without a grid."""
+    return list(dict.fromkeys(place(cell["point"]) for cell in result["cells"]))
+
+
+def curves(result: Result, words: Words) -> dict[str, Spec]:
+    """A chart a quantity: all arms at one place in the grid."""
+    drawn = {}
+    for quantity in _quantities(result):
+        if rows := list(_rows(result, quantity, words)):
+            drawn[quantity] = _curves(result, quantity, rows, words)
+    return drawn
+
+
+def _quantities(result: Result) -> list[str]:
+    found = list(dict.fromkeys(name for cell in result["cells"] for name in cell["curves"]))
+    if "epoch" in found:
+        return [name for name in CURVES if name in found]
+    return found
+
+
+def _rows(result: Result, quantity: str, words: Words) -> Iterator[dict[str, Any]]:
+    """A row a point of a seed's curve, and of the mean's, which have no seed."""
+    called = labels(result, words)
+    by_line: dict[tuple[str, str], list[tuple[int, dict[float, float]]]] = {}
+    for cell in result["cells"]:
+        key = called[cell["arm"]], place(cell["point"])
+        by_line.setdefault(key, []).append((cell["seed"], _curve(cell, quantity)))
+    for (arm, where), of_seeds in by_line.items():
+        line = {"arm": arm, "place": where}
+        for seed, curve in of_seeds:
+            yield from ({**line, "seed": seed, "x": x, "y": y} for x, y in curve.items())
+        for row in _mean([curve for _, curve in of_seeds if curve]):
+            yield {**line, "seed": None, **row}
+
+
+def _curve(cell: dict[str, Any], quantity: str) -> dict[float, float]:
+    values = cell["curves"].get(quantity, [])
+    axis = cell["curves"].get("epoch", range(len(values)))
+    pairs = zip(axis, values, strict=True)
+    return {rounded(x): rounded(y) for x, y in pairs if y is not None}
+
+
+def _mean(of_seeds: list[dict[float, float]]) -> Iterator[dict[str, float]]:
+    """Mean ± standard deviation, where every seed has a value: those left would flatter."""
+    for x in sorted(set.intersection(*map(set, of_seeds))) if of_seeds else ():
+        values = [curve[x] for curve in of_seeds]
+        mean = statistics.fmean(values)
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        bounds = {"low": rounded(mean - spread), "high": rounded(mean + spread)}
+        yield {"x": x, "y": rounded(mean), **bounds}
+
+
+def _curves(result: Result, quantity: str, rows: list[dict[str, Any]], words: Words) -> Spec:
+    called = labels(result, words)
+    colour, dash = looks("arm", {called[name]: look for name, look in styles(result).items()})
+    scale = alt.Scale(zero=False)
+    against = words("epoch") if "epoch" in result["cells"][0]["curves"] else words("step")
+    base = alt.Chart(data(rows)).encode(
+        x=alt.X("x:Q", title=against),
+        y=alt.Y("y:Q", title=None, scale=scale),
+        color=colour,
+    )
+    base = base.transform_filter("datum.place === place")
+    means = base.transform_filter("datum.seed === null")
+    seeds = base.transform_filter("datum.seed !== null")
+    band = means.mark_area(aria=False, opacity=0.16).encode(
+        y=alt.Y("low:Q", title=None, scale=scale), y2="high:Q"
+    )
+    thin = seeds.mark_line(aria=False, strokeWidth=0.8, opacity=0.45)
+    mean = means.mark_line(aria=False, strokeWidth=2.2).encode(strokeDash=dash)
+    layers = [band, thin.encode(strokeDash=dash, detail="seed:N"), mean]
+    chart = alt.LayerChart(layer=layers).add_params(
+        alt.param(name="place", value=places(result)[0])
+    )
+    return finish(chart.properties(height=220), words.quantity(quantity), _ends(rows, words))
+
+
+def _ends(rows: list[dict[str, Any]], words: Words) -> str:
+    """Where the mean of each arm ends at the first place, in words."""
+    ends = {r["arm"]: r["y"] for r in rows if r["seed"] is None and r["place"] == rows[0]["place"]}
+    return words("mean line") + " " + "; ".join(f"{arm}: {y:.3g}" for arm, y in ends.items())
+
+
+def heat(result: Result, words: Words) -> tuple[str, Spec] | None:
+    """What is measured, and its mean over the seeds at every place in the grid; None without one."""
+    if len(places(result)) < 2:  # one place is no grid
+        return None
+    quantity = next(
+        name for name in ("test_accuracy", *result["cells"][0]["values"])
+        if name in result["cells"][0]["values"]
+    )  # fmt: skip
+    rows = _means(result, quantity, words)
+    if not rows:
+        return None
+    low, high = min(r["mean"] for r in rows), max(r["mean"] for r in rows)
+    base = alt.Chart(data(rows)).encode(
+        x=alt.X("arm:N", title=None, sort=list(labels(result, words).values()),
+                axis=alt.Axis(labelAngle=0, orient="top", labelLimit=110)),
+        y=alt.Y("place:N", title=None, sort=places(result), axis=alt.Axis(labelLimit=150)),
+    )  # fmt: skip
+    shades = alt.Scale(domain=[low, max(high, low + 1e-9)], range=SHADES, interpolate="rgb")
+    cells = base.mark_rect(aria=False).encode(color=alt.Color("mean:Q", scale=shades, legend=None))
+    dark = alt.datum.mean > low + WHITE_FROM * (high - low)
+    numbers = base.mark_text(aria=False, fontSize=13).encode(
+        text=alt.Text("mean:Q", format=".3~g"),
+        color=alt.condition(dark, alt.value("#fff"), alt.value("#10202f")),
+    )
+    chart = alt.LayerChart(layer=[cells, numbers]).properties(height=28 * len(places(result)))
+    said = "; ".join(f"{r['arm']}, {r['place']}: {r['mean']:.3g}" for r in rows)
+    return quantity, finish(chart, words.quantity(quantity), said)
+
+
+def _means(result: Result, quantity: str, words: Words) -> list[dict[str, Any]]:
+    called = labels(result, words)
+    found: dict[tuple[str, str], list[float]] = {}
+    for cell in result["cells"]:
+        if (value := cell["values"].get(quantity)) is not None:
+            found.setdefault((called[cell["arm"]], place(cell["point"])), []).append(value)
+    return [
+        {"arm": arm, "place": where, "mean": rounded(statistics.fmean(values))}
+        for (arm, where), values in found.items()
+    ]
