@@ -59,7 +59,8 @@ def batch_norm(
             input is contiguous; a mask stands as the input does.
 
     Returns:
-        y: of the shape, the dtype and the memory format of the input.
+        y: of the shape and the memory format of the input, and of its dtype, or of the residual's where that
+            is wider.
 
     Raises:
         BatchNormError: a shape or dtype that does not fit, a single value per channel in training,
