@@ -96,9 +96,9 @@ def test_no_sample_is_dropped_and_no_group_is_small(count, ghost_size, seed):
     sizes = sizes_of(count, ghost_size)
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= min(ghost_size, count)
-    for group, given in zip(y.split(sizes), x.split(sizes), strict=True):
+    for group, part in zip(y.split(sizes), x.split(sizes), strict=True):
         mean, var = reference.moments(group)
-        before = reference.moments(given)[1]  # two values may lie close together: eps counts
+        before = reference.moments(part)[1]  # two values may lie close together: eps counts
         torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-7)
         torch.testing.assert_close(var, before / (before + 1e-12), rtol=0, atol=1e-6)
 
