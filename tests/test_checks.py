@@ -879,12 +879,12 @@ class TestWatching:
                 model.forward(cases.images()).sum().backward()
                 optimizer.step()
         (found,) = watching.findings()
-        assert found.model == "Sequential"
+        assert found.model == "model (Sequential)"
 
     def test_what_goes_wrong_in_a_hook_is_not_the_training_s(self, monkeypatch):
         broken = Mock(side_effect=ZeroDivisionError)
-        monkeypatch.setattr(watching_module._Root, "see", broken)
-        monkeypatch.setattr(watching_module._Root, "step", broken)
+        monkeypatch.setattr(watching_module.Observed, "see", broken)
+        monkeypatch.setattr(watching_module.Observed, "step", broken)
         model = cases.network().train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with batchnorm.watch() as watching:
@@ -901,9 +901,11 @@ class TestWatching:
         assert "detach" not in graph.code
 
     def test_many_models_are_judged_as_they_go(self):
+        held = []
         with batchnorm.watch() as watching:
             for k in range(20):
                 model = cases.network().train()
+                held.append(model)
                 model.register_module(f"unlike{k}", nn.Identity())
                 model[1].momentum = 0.99
                 model(cases.images())

@@ -353,19 +353,12 @@ def watch(
     """
     with said():
         from batchnorm import doctor  # noqa: PLC0415
-        from batchnorm.views import findings  # noqa: PLC0415
 
-        status, found = doctor.watch(
+        doctor.watch(
             script, arguments or [], module=module, level=level, select=_names(select),
-            ignore=_names(ignore), every=every, json_file=json_file, page=page,
+            ignore=_names(ignore), every=every, json_file=json_file, page=page, guard=guard,
+            whole=whole,
         )  # fmt: skip
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # the script may have closed its standard error
-            for each in found:
-                findings.show(each, stderr=True, whole=whole)
-        worst = max((doctor.status(each) for each in found), default=0)
-        raise typer.Exit(status or (worst if guard else 0))
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -6,14 +6,15 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
+import batchnorm
 from batchnorm import deployment
-from batchnorm.checks import checking, scripts
+from batchnorm.checks import checking, scripts, watching
 from batchnorm.checks.findings import Findings, Level
-from batchnorm.checks.rules import Rule, all_rules
+from batchnorm.checks.rules import Rule, all_rules, unknown
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.lab.plugins import resolve
 from batchnorm.model import weights
@@ -31,7 +32,7 @@ def rule(identifier: str) -> Rule:
     """A rule by its identifier."""
     rules = all_rules()
     if identifier.upper() not in rules:
-        raise BatchNormError(f"there is no rule {identifier!r}; there are {', '.join(rules)}.")
+        raise unknown(identifier)
     return rules[identifier.upper()]
 
 
@@ -101,24 +102,81 @@ def watch(
     script: str,
     arguments: list[str],
     *,
+    module: bool,
     json_file: Path | None,
     page: Path | None,
+    guard: bool,
+    whole: bool,
     **options: Any,
-) -> tuple[int, list[Findings]]:
-    """Run the script; its exit status, and what was found in each of its models."""
-    end, watching = scripts.run(script, arguments, **options)
-    if watching is None or os.environ.get("RANK", "0") != "0":
-        return end, []  # under torchrun the first process speaks for all
-    found = watching.findings()
-    if not found:
-        with suppress(OSError, ValueError):  # the script may have closed it
+) -> NoReturn:
+    """Refuse what would fail at the end, then become the script's interpreter."""
+    watching.Watch(**options)
+    if not module and script != scripts.STDIN and not Path(script).exists():
+        raise BatchNormError(
+            f"there is no script {script}. For a module: batchnorm watch -m package.module"
+        )
+    for file in (json_file, page):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise BatchNormError(f"{file} is in no folder. Make it: mkdir -p {file.parent}")
+    _refuse_our_name(Path(scripts.first_of_the_path(script, module=module)))
+    files = {"json_file": json_file, "page": page}
+    paths = {name: None if file is None else str(file.absolute()) for name, file in files.items()}
+    scripts.start(
+        script, arguments, {**options, **paths, "module": module, "guard": guard, "whole": whole}
+    )
+
+
+def _refuse_our_name(folder: Path) -> None:
+    """A script that imports its own batchnorm.py would get this library in its place."""
+    for own in (folder / "batchnorm.py", folder / "batchnorm" / "__init__.py"):
+        if own.is_file() and not own.samefile(batchnorm.__file__):
+            raise BatchNormError(
+                f"watch got a script beside a {own.relative_to(folder)} of its own, and in this process "
+                "batchnorm is this library: the script would import the wrong one. Rename it, or put "
+                "`with batchnorm.watch()` into a script that does not import it."
+            )
+
+
+def report(
+    watched: watching.Watch | None,
+    failure: str | None,
+    end: int,
+    *,
+    json_file: str | None,
+    page: str | None,
+    guard: bool,
+    whole: bool,
+) -> int:
+    """Behind the script: say what was found in each of its models; the exit status."""
+    from batchnorm.views import findings  # noqa: PLC0415  # rich only where it prints
+
+    if os.environ.get("RANK", "0") != "0":
+        return end  # under torchrun the first process speaks for all
+    found = [] if watched is None else watched.findings()
+    with suppress(OSError, ValueError):  # the script may have closed its standard error
+        if failure is not None:
+            sys.stderr.write(f"batchnorm watch: nothing was watched: {failure}\n")
+        elif not found:
             sys.stderr.write("batchnorm watch: no model with batch norm in it was called\n")
-    if json_file is not None:
-        content = [json.loads(each.to_json()) for each in found]
-        json_file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    if page is not None and found:
-        write_page(found[0] if len(found) == 1 else _joined(found), page)
-    return end, found
+        if end and found:
+            sys.stderr.write(
+                f"batchnorm watch: the script ended early, with status {end}: what follows is of what ran\n"
+            )
+        for each in found:
+            findings.show(each, stderr=True, whole=whole)
+    try:
+        if json_file is not None:
+            content = [json.loads(each.to_json()) for each in found]
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            Path(json_file).write_text(text, encoding="utf-8")
+        if page is not None and found:
+            write_page(found[0] if len(found) == 1 else _joined(found), Path(page))
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(f"batchnorm watch: {error.strerror or error} ({error.filename})\n")
+        return end or 2
+    worst = max((status(each) for each in found), default=0)
+    return end or (worst if guard else 0)
 
 
 def _joined(found: list[Findings]) -> Findings:

@@ -13,6 +13,7 @@ from batchnorm.checks.probing import SAMPLES, probe
 from batchnorm.checks.rules import Evidence, Left, Rule, chosen, failed
 from batchnorm.checks.subject import Subject, loading_of
 from batchnorm.errors import brief
+from batchnorm.model.calling import eagerly
 from batchnorm.model.discovery import refuse_no_model
 from batchnorm.model.recalibration import Forward, recalibrate
 
@@ -86,6 +87,10 @@ class Examining:
 
     def examine(self) -> tuple[Subject, Findings]:
         """What was looked at, and what was found."""
+        with eagerly():
+            return self._examine()
+
+    def _examine(self) -> tuple[Subject, Findings]:
         subject = Subject(self.model, self.optimizers, loading_of(self.loader))
         skipped = {}
         if self.loader is not None and subject.layers:
@@ -114,7 +119,7 @@ class Examining:
         after = self.examine()[1] if mending.fixed else findings
         return Findings(
             list(after), model=after.model, checked=after.checked, skipped=after.skipped,
-            fixed=mending.fixed, left=mending.left,
+            lowered=after.lowered, fixed=mending.fixed, left=mending.left,
         )  # fmt: skip
 
 
@@ -123,7 +128,7 @@ def _listed(names: Names | None) -> list[str] | None:
 
 
 def judge(
-    subject: Subject, rules: Iterable[Rule], least: Level, skipped: dict[str, str]
+    subject: Subject, rules: Sequence[Rule], least: Level, skipped: dict[str, str]
 ) -> Findings:
     """Ask every rule; a rule that fails is told as skipped, and the others go on."""
     found: list[Finding] = []
@@ -144,9 +149,12 @@ def judge(
             continue
         checked.append(rule.identifier)
         found += evidence
+    usual = {rule.identifier: rule.level for rule in rules}
+    lowered = {f.rule for f in found if f.level < least <= usual[f.rule]}
     found = [each for each in found if each.level >= least]
+    lowered -= {each.rule for each in found}
     name = type(subject.model).__name__
-    return Findings(found, model=name, checked=checked, skipped=reasons)
+    return Findings(found, model=name, checked=checked, skipped=reasons, lowered=sorted(lowered))
 
 
 def _has(subject: Subject, need: str) -> bool:

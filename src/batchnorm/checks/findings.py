@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -61,6 +62,7 @@ class Findings(Sequence[Finding]):
         model: str,
         checked: Sequence[str] = (),
         skipped: dict[str, str] | None = None,
+        lowered: Sequence[str] = (),
         fixed: Sequence[str] = (),
         left: Sequence[str] = (),
     ) -> None:
@@ -68,6 +70,7 @@ class Findings(Sequence[Finding]):
         self.model = model
         self.checked = list(checked)  # the rules that could be checked
         self.skipped = skipped or {}  # those that could not, and why
+        self.lowered = list(lowered)  # the rules that found what is but a note here
         self.fixed = list(fixed)  # what fix=True did
         self.left = list(left)  # what it did not, and why
 
@@ -115,7 +118,21 @@ class Findings(Sequence[Finding]):
         for rule, why in self.skipped.items():
             if not why.startswith(NEEDS):  # nobody gave it
                 rules_of.setdefault(why, []).append(rule)
-        return lines + [f"not checked: {', '.join(of)}: {why}" for why, of in rules_of.items()]
+        lines += [f"not checked: {', '.join(of)}: {why}" for why, of in rules_of.items()]
+        if self.lowered:
+            lines.append(f"only a note here: {', '.join(self.lowered)}; the level note tells why")
+        return lines
+
+    @property
+    def unasked(self) -> str:
+        """How many rules want what was not given; "" where none does."""
+        needs = Counter(
+            why.removeprefix(NEEDS) for why in self.skipped.values() if why.startswith(NEEDS)
+        )
+        return ", ".join(
+            f"{count} that need {'an' if need[0] in 'aeiou' else 'a'} {need}"
+            for need, count in needs.items()
+        )
 
     def _lines(self) -> Iterator[str]:
         yield self.headline
@@ -146,6 +163,7 @@ class Findings(Sequence[Finding]):
             ],
             "checked": self.checked,
             "skipped": self.skipped,
+            "lowered": self.lowered,
             "fixed": self.fixed,
             "left": self.left,
         }  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.checks.dependence import Origin
-from batchnorm.model.discovery import batch_norms, constant_norms
+from batchnorm.model.discovery import batch_norms, constant_norms, uncompiled
 from batchnorm.model.freezing import Frozen
 from batchnorm.model.recalibration import Moments, size_of
 from batchnorm.model.tracing import Traced, trace
@@ -88,6 +88,8 @@ class Training:
     # with statistics of data whatever the counter says: loaded without it, or taken anew
     filled: set[Layer] = field(default_factory=set)
     drift: dict[Layer, float] = field(default_factory=dict)  # see `watching`, of the last looks
+    # evaluated with statistics copied from another model: how far the last evaluation's inputs are
+    copied: dict[Layer, float] = field(default_factory=dict)
     # synchronised norm -> its calls in a step, beside those of the most called one -> steps
     synced: dict[Layer, Counter[tuple[int, int]]] = field(default_factory=dict)
 
@@ -109,6 +111,7 @@ class Subject:
     graph: bool = True  # it may be traced, which runs the model's own forward
 
     def __post_init__(self) -> None:
+        self.model = uncompiled(self.model)
         self.layers: dict[str, Layer] = dict(batch_norms(self.model))
         self.constants = constant_norms(self.model)
         self.names = {layer: name for name, layer in self.layers.items()}

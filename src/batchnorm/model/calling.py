@@ -2,9 +2,10 @@
 
 import random
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
@@ -32,6 +33,28 @@ def eagerly() -> Iterator[None]:
         yield
         return
     with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+class _Muted:
+    """Standard output for the other threads; what this one writes is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() == self._thread:
+            return len(text)
+        return int(self._stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Inside, what a model's forward prints is not shown; other threads print as they did."""
+    with redirect_stdout(_Muted(sys.stdout)):
         yield
 
 

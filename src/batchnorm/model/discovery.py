@@ -22,6 +22,12 @@ def refuse_no_model(model: object, verb: str) -> None:
         raise BatchNormError(f"{verb} got a {type(model).__name__} and wants a torch.nn.Module.")
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What torch.compile holds; any other model is itself."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def batch_norms(model: nn.Module) -> dict[str, Norm]:
     """Every batch-norm layer of the model under its first name, in the order of registration.
 

@@ -24,7 +24,13 @@ from batchnorm.errors import BatchNormError, brief
 from batchnorm.model import account
 from batchnorm.model.account import Change
 from batchnorm.model.calling import eagerly, feed
-from batchnorm.model.discovery import activation_of, batch_norms, constant_norms, refuse_no_model
+from batchnorm.model.discovery import (
+    activation_of,
+    batch_norms,
+    constant_norms,
+    refuse_no_model,
+    uncompiled,
+)
 from batchnorm.model.tracing import Call, Traced, trace
 from batchnorm.variants.variant import ranks_of
 
@@ -63,7 +69,7 @@ def fold(model: nn.Module, inputs: Any = None) -> nn.Module:
             f"fold got {type(model).__name__} in training mode, where a norm depends on the batch. "
             "Call model.eval() first; to go on training, keep the unfolded model."
         )
-    model = getattr(model, "_orig_mod", model)  # what torch.compile holds
+    model = uncompiled(model)
     folded = _copy(model)
     folding = _Folding(folded, trace(folded), _ranks(folded, inputs))
     entries = list(folding.fold_all())

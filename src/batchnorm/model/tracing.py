@@ -3,16 +3,14 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from io import StringIO
 from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from batchnorm.model.calling import unchanged
+from batchnorm.model.calling import muted, unchanged
 from batchnorm.model.discovery import constant_norms
 from batchnorm.variants.split import SplitBatchNorm
 from batchnorm.variants.variant import Variant
@@ -107,7 +105,7 @@ def _graphs(
         if not list(module.children()) or tracer.is_leaf_module(module, name):
             return
         try:
-            with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            with warnings.catch_warnings(), muted():
                 warnings.simplefilter("ignore")  # of the model's own forward, which may print, too
                 graph = tracer.trace(module)
         except Exception as error:  # noqa: BLE001  # a model's forward may raise anything on a proxy

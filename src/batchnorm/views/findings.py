@@ -21,8 +21,11 @@ def show(found: Findings, *, stderr: bool = False, whole: bool = False) -> None:
     for rule, each in found.by_rule().items():
         console.print()
         _rule(console, rule, each, whole)
-    if found:
+    if found or found.unasked:
         console.print()
+    if found.unasked:
+        console.print(f"[dim]not asked: {found.unasked}[/]")
+    if found:
         rules = " ".join(found.by_rule())
         console.print(
             f"[dim]why, and why the threshold: batchnorm check --explain {rules.split()[0]}[/]"

@@ -8,6 +8,7 @@ point in the group `batchnorm.rules` that names a module; importing it registers
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from inspect import cleandoc
@@ -119,9 +120,20 @@ def chosen(select: list[str] | None, ignore: list[str] | None) -> list[Rule]:
     select, ignore = ([name.upper() for name in names or []] for names in (select, ignore))
     for prefix in (*select, *ignore):
         if not any(name.startswith(prefix) for name in rules):
-            raise BatchNormError(f"there is no rule {prefix!r}; there are {', '.join(rules)}.")
+            raise unknown(prefix)
     return [
         each
         for name, each in rules.items()
         if (not select or name.startswith(tuple(select))) and not name.startswith(tuple(ignore))
     ]
+
+
+def unknown(identifier: str) -> BatchNormError:
+    """What to say of a rule that is not there."""
+    rules = all_rules()
+    near = get_close_matches(identifier.upper(), rules, n=3)
+    hint = f"; do you mean {' or '.join(near)}?" if near else "."
+    return BatchNormError(
+        f"there is no rule {identifier!r}{hint} The {len(rules)} rules are {min(rules)} to "
+        f"{max(rules)}; batchnorm check --explain tells of each."
+    )

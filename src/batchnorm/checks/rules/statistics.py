@@ -151,11 +151,15 @@ def too_few_updates(subject: Subject) -> Iterator[Evidence]:
 def averaged_without_statistics(subject: Subject) -> Iterator[Evidence]:
     """An `AveragedModel` averages parameters and, by default, copies the buffers of the last model.
 
-    The statistics then belong to the last weights and not to the average. Found where `use_buffers`
-    is False and weights were averaged. Whether somebody recalibrated since cannot be seen: without a
+    The statistics then belong to the last weights and not to the average. In a training, where a
+    model that no optimizer trains is evaluated with the statistics of one that is, and other weights:
+    a layer is reported whose statistics are more than 0.75 (the standardized gap of BN001, without
+    what chance does) from what the last evaluation fed it. Else found where `use_buffers` is False
+    and weights were averaged. Whether somebody recalibrated since cannot be seen: without a
     loader it is a note, and with one it is reported where the data's statistics are really different
     (see BN001).
     """
+    yield from _copied(subject)
     if subject.probe is not None and stale(subject) is None:
         return
     level = Level.NOTE if subject.probe is None else None
@@ -167,3 +171,14 @@ def averaged_without_statistics(subject: Subject) -> Iterator[Evidence]:
                 yield Evidence(
                     path, f"{count} averages, use_buffers=False", {"averages": count}, level
                 )
+
+
+def _copied(subject: Subject) -> Iterator[Evidence]:
+    seen = subject.training
+    for layer, apart in (seen.copied if seen is not None else {}).items():
+        if apart > DRIFT and layer in subject.names:
+            text = (
+                f"evaluated with another model's statistics, {apart:.2f} from what it was fed "
+                f"(reported from {DRIFT})"
+            )
+            yield Evidence(subject.names[layer], text, {"gap": apart})

@@ -1,0 +1,68 @@
+"""Who calls a model, and by what name: read from the frames that stand when it is called."""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from batchnorm.model.discovery import uncompiled
+
+OURS = ("torch", "batchnorm")
+
+
+def caller_of(module: nn.Module) -> tuple[str, nn.Module]:
+    """The variable that holds the model, "" where none does, and the model.
+
+    That is the module itself, or one that it is a part of and whose method calls it, as Lightning's
+    `training_step` does. Names are those of the outermost frame: of a script's own `netD`, and not
+    of the function's `model` that it was handed to.
+    """
+    frames = list(_frames())
+    model = module
+    for frame in frames:
+        holder = frame.f_locals.get("self")
+        if isinstance(holder, nn.Module) and any(part is model for part in holder.modules()):
+            model = holder
+    names = [name for frame in frames if (name := _name_in(frame, uncompiled(model)))]
+    _let_go(frames)
+    return (names[-1] if names else ""), model
+
+
+def _let_go(frames: list[FrameType]) -> None:
+    """Before Python 3.13 a frame keeps what was read of its variables, as long as it stands."""
+    if sys.version_info >= (3, 13):
+        return
+    for frame in frames:
+        if frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # a function's: a copy, not the variables
+            frame.f_locals.clear()
+
+
+def _frames() -> Iterator[FrameType]:
+    """The callers, without torch's and ours, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # who called
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in OURS:
+            yield frame
+        frame = frame.f_back
+
+
+def _name_in(frame: FrameType, model: nn.Module) -> str:
+    holder = frame.f_locals.get("self")
+    held = {} if holder is None or isinstance(holder, nn.Module) else _attributes(holder)
+    variables = {**{f"self.{name}": value for name, value in held.items()}, **frame.f_locals}
+    return next(
+        (
+            name
+            for name, value in variables.items()
+            # type(), since isinstance asks the object, which may be a proxy
+            if issubclass(type(value), nn.Module) and name != "self" and uncompiled(value) is model
+        ),
+        "",
+    )
+
+
+def _attributes(holder: Any) -> dict[str, Any]:
+    return getattr(holder, "__dict__", {})
