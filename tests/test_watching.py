@@ -51,6 +51,23 @@ class TestScripts:
         assert sorted(watched.stdout.splitlines()) == ["ran", "the last"]
         assert "BN011 warning" in watched.stderr
 
+    def test_a_pool_of_processes_that_nobody_shut_down(self, tmp_path):
+        (tmp_path / "a.py").write_text(
+            "from concurrent.futures import ProcessPoolExecutor\n"
+            "pool = ProcessPoolExecutor(2)\n"
+            "print(pool.submit(pow, 2, 3).result())\n"
+        )
+        watched = watch("a.py", cwd=tmp_path)
+        assert (watched.returncode, watched.stdout) == (0, "8\n")
+
+    def test_it_begins_once_and_says_where_it_could_not(self, tmp_path):
+        (tmp_path / "a.py").write_text(
+            "import torch\nprint(len(torch.nn.modules.module._global_forward_pre_hooks))\n"
+        )
+        assert watch("a.py", cwd=tmp_path).stdout == "1\n"
+        (tmp_path / "b.py").write_text("import sys\nsys.meta_path.pop(0)\nimport torch\n")
+        assert "loaded torch past sys.meta_path" in watch("b.py", cwd=tmp_path).stderr
+
     def test_what_is_set_before_torch_is_loaded_has_its_effect(self, tmp_path):
         (tmp_path / "a.py").write_text(
             "import os, sys\n"
@@ -149,7 +166,44 @@ class TestNames:
             run(critic)
             critic[4].momentum = 0.9  # or it is a copy of the other
             kinds = names(watching)
-        assert kinds == ["generator (Sequential)", "critic (Sequential)"]
+        # what is wrong with the one is wrong with the other, too
+        assert kinds == ["critic (Sequential) and 1 like it (generator (Sequential))"]
+
+    def test_copies_are_told_of_once_by_all_their_names(self):
+        first, second = inverted(), inverted()
+        wider = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, momentum=0.9))
+        models = {"a": inverted()}
+        with batchnorm.watch() as watching:
+            first(cases.images())
+            second(cases.images())
+            wider(cases.images())
+            models["a"](cases.images())
+        assert names(watching) == [
+            "first (Sequential) and 2 like it (models['a'] (Sequential), second (Sequential))",
+            "wider (Sequential)",
+        ]
+
+    def test_the_trained_one_of_two_alike_is_told_of(self):
+        teacher = inverted()
+        student = copy.deepcopy(teacher)
+        optimizer = sgd(student)
+        with batchnorm.watch() as watching:
+            teacher(cases.images())
+            step(optimizer, student(cases.images()).square().mean())
+        assert names(watching) == ["student (Sequential) and 1 like it (teacher (Sequential))"]
+
+    def test_a_wrapper_that_is_made_at_every_step_is_one_model(self):
+        network = cases.network().train()
+        network[1].reset_running_stats()
+        optimizer = sgd(network)
+        with batchnorm.watch(level="note") as watching:
+            for _ in range(120):
+                wrapper = nn.Sequential(network, nn.Identity())
+                step(optimizer, wrapper(cases.images()).square().mean())
+            (root,) = watching._roots
+        assert root.seen.steps == 120
+        assert root.seen.calls[network[1]][True, True] == 120
+        assert "BN012" not in {f.rule for found in watching.findings() for f in found}
 
     def test_one_name_twice_is_numbered(self):
         with batchnorm.watch() as watching:
@@ -298,6 +352,19 @@ class TestAveragedWeights:
 
 
 class TestSaying:
+    def test_too_few_batches_are_a_note_until_they_are_used(self):
+        model = cases.network().train()
+        model[1].reset_running_stats()
+        optimizer = sgd(model)
+        with batchnorm.watch(select="BN012") as watching:
+            for _ in range(5):
+                step(optimizer, model(cases.images()).square().mean())
+            (before,) = watching.findings()
+            model.eval()(cases.images())
+        (after,) = watching.findings()
+        assert [list(map(str, before)), before.lowered] == [[], ["BN012"]]
+        assert [f.layer for f in after] == ["1"]
+
     def test_a_lowered_level(self):
         model = nn.Sequential(nn.BatchNorm2d(3))
         found = batchnorm.check(model, select="BN009")
@@ -307,7 +374,7 @@ class TestSaying:
 
     def test_rules_that_were_not_asked(self):
         found = batchnorm.check(cases.network(), select=["BN001", "BN023", "BN029", "BN014"])
-        assert found.unasked == "2 that need an optimizer"
+        assert found.unasked == "2 without optimizer"
 
     def test_a_typing_error_is_answered_by_what_is_near(self):
         with pytest.raises(BatchNormError, match="do you mean BN0") as caught:

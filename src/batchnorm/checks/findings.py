@@ -129,10 +129,7 @@ class Findings(Sequence[Finding]):
         needs = Counter(
             why.removeprefix(NEEDS) for why in self.skipped.values() if why.startswith(NEEDS)
         )
-        return ", ".join(
-            f"{count} that need {'an' if need[0] in 'aeiou' else 'a'} {need}"
-            for need, count in needs.items()
-        )
+        return ", ".join(f"{count} without {need}" for need, count in needs.items())
 
     def _lines(self) -> Iterator[str]:
         yield self.headline

@@ -11,6 +11,7 @@ from torch import nn
 from batchnorm.model.discovery import uncompiled
 
 OURS = ("torch", "batchnorm")
+FOLLOWED = 100  # the longest container that is looked into
 
 
 def caller_of(module: nn.Module) -> tuple[str, nn.Module]:
@@ -50,19 +51,23 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _name_in(frame: FrameType, model: nn.Module) -> str:
+    """In a variable, an attribute of what has the method that runs, or a short container of either."""
     holder = frame.f_locals.get("self")
-    held = {} if holder is None or isinstance(holder, nn.Module) else _attributes(holder)
-    variables = {**{f"self.{name}": value for name, value in held.items()}, **frame.f_locals}
-    return next(
-        (
-            name
-            for name, value in variables.items()
-            # type(), since isinstance asks the object, which may be a proxy
-            if issubclass(type(value), nn.Module) and name != "self" and uncompiled(value) is model
-        ),
-        "",
-    )
+    variables = {name: value for name, value in frame.f_locals.items() if name != "self"}
+    if not isinstance(holder, nn.Module):
+        attributes = getattr(holder, "__dict__", {})
+        variables |= {f"self.{name}": value for name, value in attributes.items()}
+    return next((name for name, value in _parts(variables) if _is(value, model)), "")
 
 
-def _attributes(holder: Any) -> dict[str, Any]:
-    return getattr(holder, "__dict__", {})
+def _parts(variables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from variables.items()
+    for name, value in variables.items():
+        if type(value) in {list, tuple, dict} and len(value) <= FOLLOWED:
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            yield from ((f"{name}[{key!r}]", each) for key, each in list(items))
+
+
+def _is(value: Any, model: nn.Module) -> bool:
+    # type(), since isinstance asks the object, which may be a proxy
+    return issubclass(type(value), nn.Module) and uncompiled(value) is model

@@ -50,10 +50,13 @@ def main() -> int:
         if os.getpid() != process:
             return status  # a child that the script forked, of which nothing is told
         _await_threads()
+    failure = beginning.failure
+    if beginning.watching is None and failure is None and "torch" in sys.modules:
+        failure = "the script loaded torch past sys.meta_path"
     try:
         from batchnorm import doctor  # noqa: PLC0415  # loads torch
 
-        return doctor.report(beginning.watching, beginning.failure, status, **reporting)
+        return doctor.report(beginning.watching, failure, status, **reporting)
     except Exception as error:  # noqa: BLE001  # ours: the script's status stays
         with suppress(OSError, ValueError):
             sys.stderr.write(f"batchnorm watch: no report: {type(error).__name__}: {error}\n")
@@ -61,9 +64,13 @@ def main() -> int:
 
 
 def _await_threads() -> None:
-    """As Python does at its end: executors' threads are told that nothing more comes, all are joined."""
-    if pools := sys.modules.get("concurrent.futures.thread"):
-        pools._python_exit()  # noqa: SLF001  # a pool that nobody shut down would wait for ever
+    """As Python does at its end: pools are told that nothing more comes, then all threads are joined.
+
+    A pool that nobody shut down would wait for ever.
+    """
+    told: list[Callable[[], object]] = getattr(threading, "_threading_atexits", [])
+    while told:
+        told.pop()()  # once, as Python would
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.main_thread():
             thread.join()
@@ -78,6 +85,7 @@ class _Beginning(importlib.abc.MetaPathFinder):
         self._options = options
         self._inside = ExitStack()
         self._loading: list[str] = []
+        self._begun = False  # before what it loads has been loaded, batchnorm among it
 
     def __enter__(self) -> Self:
         sys.meta_path.insert(0, self)
@@ -113,8 +121,9 @@ class _Beginning(importlib.abc.MetaPathFinder):
         return spec
 
     def _begin(self) -> None:
-        if self._loading or self.watching is not None or self.failure is not None:
+        if self._loading or self._begun:
             return
+        self._begun = True
         try:
             from batchnorm.checks.watching import watch  # noqa: PLC0415  # loads torch
 
@@ -172,9 +181,9 @@ def _runner(script: str, module: bool) -> Callable[[], object]:
 def _run_code(source: bytes | str, name: str, loader: object = None) -> None:
     """As `runpy.run_path`, which would write the whole path into sys.argv."""
     main_module = ModuleType("__main__")
-    main_module.__builtins__ = builtins  # type: ignore[attr-defined]  # as Python has it
+    vars(main_module).update(__builtins__=builtins, __annotations__={})  # as Python has it
     if loader is not None:
-        main_module.__file__, main_module.__loader__ = name, loader  # type: ignore[assignment]
+        vars(main_module).update(__file__=name, __loader__=loader, __cached__=None)
     sys.modules["__main__"] = main_module
     exec(compile(source, name, "exec"), vars(main_module))  # noqa: S102  # the user's script
 

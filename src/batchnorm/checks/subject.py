@@ -93,6 +93,11 @@ class Training:
     # synchronised norm -> its calls in a step, beside those of the most called one -> steps
     synced: dict[Layer, Counter[tuple[int, int]]] = field(default_factory=dict)
 
+    def evaluated(self, layer: Layer) -> bool:
+        """It was used with its running statistics, or, where a compiler hides calls, the model was."""
+        calls = self.calls.get(layer, Counter()) if self.calls else self.forwards
+        return calls[False, False] + calls[False, True] > 0
+
     def usual(self, layer: Layer) -> int | None:
         """Values per channel in most training batches; a last, smaller one is not among them."""
         sizes = self.values.get(layer)

@@ -119,6 +119,9 @@ class Watch:
         model = model if self._only is None else self._only
         if not any(isinstance(m, Norm) for m in inside) or module not in set(model.modules()):
             return self._play(module, None, None)
+        if (known := self._of_the_same_norms(inside)) and known.module not in inside:
+            known.module, known.entries = model, [module]  # a wrapper that is made anew every step
+            return self._play(module, known, known)
         root = next((r for r in self._roots if r.module is model), None) or self._begin(model, name)
         for part in [r for r in self._roots if r is not root and r.module in inside]:
             root.take(part)  # it was called by itself before
@@ -128,6 +131,12 @@ class Watch:
         for inner in inside - {module}:
             self._play(inner, None, root)
         return self._play(module, root, root)
+
+    def _of_the_same_norms(self, inside: set[nn.Module]) -> Observed | None:
+        """The model that every one of these norms is known to belong to."""
+        roles = [self._roles.get(id(m), NOTHING) for m in inside if isinstance(m, Norm)]
+        owners = {role.owner for role in roles}
+        return owners.pop() if len(owners) == 1 and self._only is None else None
 
     def _play(self, module: nn.Module, entry: Observed | None, owner: Observed | None) -> "_Role":
         key = id(module)
@@ -200,16 +209,27 @@ class Watch:
         return [root.module for root in self._roots]
 
     def findings(self) -> list[Findings]:
-        """What is wrong with each model, by what was seen until now; of its copies once."""
+        """What is wrong with each model, by what was seen until now; of its copies once.
+
+        A copy has the same layers, and nothing that the one which is told of has not. The names of
+        such are in the headline.
+        """
         told: list[_Judged] = []
-        for each in [*self._done, *map(self._judge, self._roots)]:
-            alike = [other.places for other in told if other.kind is each.kind]
-            if not any(each.places <= places for places in alike):
+        like: dict[int, list[str]] = {}
+        judged = [*self._done, *map(self._judge, self._roots)]
+        # the widest first, and among equals the trained
+        for each in sorted(judged, key=lambda each: (-len(each.places), not each.trained)):
+            one = next((one for one in told if each.copies(one)), None)
+            if one is None:
                 told.append(each)
+            else:
+                like.setdefault(id(one), []).append(each.name)
+        told.sort(key=judged.index)
         names = Counter[str]()
         for each in told:
             names[each.name] += 1
-            each.findings.model = f"{each.name} #{n}" if (n := names[each.name]) > 1 else each.name
+            number = f" #{n}" if (n := names[each.name]) > 1 else ""
+            each.findings.model = f"{each.name}{number}{_and(like.get(id(each), []), each.name)}"
         return [each.findings for each in told]
 
     def _judge(self, root: Observed, *, graph: bool = True) -> "_Judged":
@@ -223,7 +243,8 @@ class Watch:
         finally:
             self._asleep = False
         name = f"{root.name} ({found.model})" if root.name else found.model
-        return _Judged(type(subject.model), name, found)
+        layers = tuple((name, each.num_features) for name, each in subject.layers.items())
+        return _Judged(name, (type(subject.model), layers), bool(optimizers), found)
 
 
 @dataclass
@@ -239,16 +260,29 @@ class _Groups:
         return {id(p) for group in self.param_groups for p in group["params"]}
 
 
-class _Judged(NamedTuple):
+@dataclass(eq=False)
+class _Judged:
     """A model's findings, and what tells it from others."""
 
-    kind: type
     name: str
+    structure: object
+    trained: bool
     findings: Findings
 
     @property
     def places(self) -> set[tuple[str, str]]:
         return {(f.rule, f.layer) for f in self.findings}
+
+    def copies(self, other: "_Judged") -> bool:
+        return self.structure == other.structure and self.places <= other.places
+
+
+def _and(names: list[str], its_own: str) -> str:
+    """Of copies."""
+    others = sorted(set(names) - {its_own})
+    if not names:
+        return ""
+    return f" and {len(names)} like it" + (f" ({', '.join(others)})" if others else "")
 
 
 class _Role(NamedTuple):

@@ -24,7 +24,7 @@ def show(found: Findings, *, stderr: bool = False, whole: bool = False) -> None:
     if found or found.unasked:
         console.print()
     if found.unasked:
-        console.print(f"[dim]not asked: {found.unasked}[/]")
+        console.print(f"[dim]rules not asked: {found.unasked}[/]")
     if found:
         rules = " ".join(found.by_rule())
         console.print(

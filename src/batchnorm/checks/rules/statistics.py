@@ -93,9 +93,8 @@ def _drifting(subject: Subject) -> Iterator[Evidence]:
 
 def _fed_in_turn(seen: Training, layer: Layer) -> bool:
     """Several passes a step, and no use of the running statistics: as a GAN's discriminator."""
-    calls = seen.calls.get(layer, Counter())
-    used = calls[False, False] + calls[False, True]
-    return not used and calls[True, True] > 1.5 * seen.steps
+    passes = seen.calls.get(layer, Counter())[True, True]
+    return not seen.evaluated(layer) and passes > 1.5 * seen.steps
 
 
 def initial_share(layer: Layer) -> float | None:
@@ -120,14 +119,13 @@ def too_few_updates(subject: Subject) -> Iterator[Evidence]:
     With momentum 0.1 that is below 29 batches, with 0.01 below 299. Whoever recalibrates leaves the
     count of the batches that were read, few and enough: so without a loader it is a note, and with
     one it is reported where the data's statistics are really different (see BN001). In a training
-    nothing is said of statistics that were loaded without their counter, or taken anew. A momentum
+    it is a note where the layer was not used in evaluation mode, and nothing is said of statistics that were loaded without their counter, or taken anew. A momentum
     of 0 keeps the initial values for ever.
     """
     probe, seen = subject.probe, subject.training
     filled = seen.filled if seen is not None else set()
     if probe is not None and stale(subject) is None:
         return
-    sure = probe is not None or (seen is not None and seen.steps > 0)
     for name, layer in subject.tracking():
         share = initial_share(layer)
         if share is None or share <= 0.05 or untrained(layer) or subject.frozen(layer):
@@ -136,6 +134,7 @@ def too_few_updates(subject: Subject) -> Iterator[Evidence]:
             continue
         count = int(layer.num_batches_tracked)
         text = f"{count} batches at momentum {layer.momentum:g}: {share:.0%} is still the initial value"
+        sure = probe is not None or (seen is not None and seen.evaluated(layer))
         yield Evidence(name, text, {"batches": count, "share": share}, None if sure else Level.NOTE)
 
 
