@@ -500,6 +500,25 @@ def test_the_instruction_sets_agree():
         assert sum(close) > len(close) / 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_rounded_to_nearest_even(dtype):
+    torch.manual_seed(0)
+    largest = torch.finfo(dtype).max
+    # quarters of the last digit beside 1 and 256: below, at and above every tie, and odd and even
+    steps = 1 + torch.arange(-64, 65) * torch.finfo(dtype).eps / 4
+    values = torch.cat(
+        [steps, -steps, 256 * steps, torch.randn(200) * 1e-3, torch.randn(200) * 1e3]
+    )
+    special = torch.tensor([largest, -largest, 0.0, -0.0, math.inf, -math.inf, math.nan])
+    bias = torch.cat([values, special, torch.full((1,), 1.003 * largest)])
+    mean, var = torch.zeros(len(bias)), torch.ones(len(bias))
+    for rows in (1, 3):
+        x = torch.zeros(rows, len(bias), dtype=dtype)
+        y = batchnorm.batch_norm(x, mean, var, None, bias, eps=0.0)
+        expected = bias.to(dtype).expand(rows, -1)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_without_kernels_torchs_operator_runs():
     found = run("import batchnorm; print(batchnorm.backend())", BATCHNORM_BACKEND="torch")
     assert found.stdout.strip() == "torch"
