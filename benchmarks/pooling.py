@@ -173,7 +173,7 @@ def main() -> None:
         markdown.find(options.markdown, "pooling")
     where = environment()
     line = (
-        f"{where['processor']}, {torch.get_num_threads()} threads, torch {where['torch']}, "
+        f"{where['processor']}, threads {torch.get_num_threads()}, torch {where['torch']}, "
         f"{where['backend']}, {options.rounds} rounds"
     )
     print(line)

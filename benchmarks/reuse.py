@@ -86,7 +86,7 @@ def main() -> None:
         markdown.find(options.markdown, "reuse")
     where = environment()
     line = (
-        f"{where['processor']}, {torch.get_num_threads()} threads, torch {where['torch']}, "
+        f"{where['processor']}, threads {torch.get_num_threads()}, torch {where['torch']}, "
         f"{where['backend']}, float32, {options.rounds} rounds"
     )
     print(line)
