@@ -500,6 +500,23 @@ def test_the_instruction_sets_agree():
         assert sum(close) > len(close) / 2
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "silu"])
+def test_exponentials_keep_their_digits_in_double(activation):
+    torch.manual_seed(0)
+    sizes = torch.logspace(-300, math.log10(700), 3000, dtype=torch.float64)
+    near = torch.randn(3000, dtype=torch.float64) * 3
+    special = torch.tensor([0.0, math.inf, math.nan, 800.0, -800.0], dtype=torch.float64)
+    x = torch.cat([sizes, -sizes, near, special])[None]
+    mean, var = torch.zeros(2, x.shape[1], dtype=torch.float64)
+    y = batchnorm.batch_norm(x, mean, var + 1, eps=0.0, activation=activation)
+    rtol = (
+        8 * torch.finfo(torch.float64).eps
+    )  # two or three operations behind an exponential, theirs too
+    torch.testing.assert_close(
+        y, ACTIVATIONS[activation](x), rtol=rtol, atol=1e-300, equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_are_rounded_to_nearest_even(dtype):
     torch.manual_seed(0)

@@ -38,6 +38,7 @@ template <> struct Computed<float16> { using type = float; };
 template <class T> using ComputedIn = typename Computed<T>::type;
 
 typedef std::uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+typedef std::uint64_t LongWords __attribute__((vector_size(VECTOR_BYTES)));
 typedef std::uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef std::uint16_t HalvesUnaligned
     __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
