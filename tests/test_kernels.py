@@ -517,6 +517,18 @@ def test_exponentials_keep_their_digits_in_double(activation):
     )
 
 
+def test_the_normal_distribution_keeps_its_digits_in_double():
+    z = torch.cat([torch.linspace(-8, 8, 4001, dtype=torch.float64), torch.randn(2000).double()])
+    mean, var = torch.zeros(2, len(z), dtype=torch.float64)
+    y = batchnorm.batch_norm(z[None], mean, var + 1, eps=0.0, activation="gelu")[0]
+    exact = z * torch.special.erfc(-z / math.sqrt(2)) / 2
+    # e^(-z²/2) errs by its exponent's roundoff, z² · eps, beside that of t = |z| / √2, twice z² · eps / 2
+    rtol = (8 + 2 * float(z.square().max())) * torch.finfo(torch.float64).eps
+    torch.testing.assert_close(y, exact, rtol=2 * rtol, atol=0)  # theirs, too
+    near = z.abs() < 1
+    torch.testing.assert_close(y[near], exact[near], rtol=4e-15, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_are_rounded_to_nearest_even(dtype):
     torch.manual_seed(0)
