@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench sanitize arm clean
 
 demo: $(VENV)/demo-installed  ## train with and without batch normalization; look into demo/
 	$(BIN)/batchnorm compare --out $(DEMO)
@@ -23,6 +23,9 @@ bench: $(VENV)/dev-installed  ## the note's way of training beside ours
 
 sanitize: $(VENV)/dev-installed  ## the kernels' tests with the address and undefined-behaviour sanitizers
 	tests/sanitize
+
+arm:  ## the portable kernels on an emulated ARM processor; wants a cross compiler and qemu
+	tests/portable/run
 
 KERNELS := CMakeLists.txt $(wildcard src/batchnorm/kernels/cpu/*)
 

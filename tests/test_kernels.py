@@ -500,6 +500,54 @@ def test_the_instruction_sets_agree():
         assert sum(close) > len(close) / 2
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "silu"])
+def test_exponentials_keep_their_digits_in_double(activation):
+    torch.manual_seed(0)
+    sizes = torch.logspace(-300, math.log10(700), 3000, dtype=torch.float64)
+    near = torch.randn(3000, dtype=torch.float64) * 3
+    special = torch.tensor([0.0, math.inf, math.nan, 800.0, -800.0], dtype=torch.float64)
+    x = torch.cat([sizes, -sizes, near, special])[None]
+    mean, var = torch.zeros(2, x.shape[1], dtype=torch.float64)
+    y = batchnorm.batch_norm(x, mean, var + 1, eps=0.0, activation=activation)
+    rtol = (
+        8 * torch.finfo(torch.float64).eps
+    )  # two or three operations behind an exponential, theirs too
+    torch.testing.assert_close(
+        y, ACTIVATIONS[activation](x), rtol=rtol, atol=1e-300, equal_nan=True
+    )
+
+
+def test_the_normal_distribution_keeps_its_digits_in_double():
+    z = torch.cat([torch.linspace(-8, 8, 4001, dtype=torch.float64), torch.randn(2000).double()])
+    mean, var = torch.zeros(2, len(z), dtype=torch.float64)
+    y = batchnorm.batch_norm(z[None], mean, var + 1, eps=0.0, activation="gelu")[0]
+    exact = z * torch.special.erfc(-z / math.sqrt(2)) / 2
+    # e^(-z²/2) errs by its exponent's roundoff, z² · eps, beside that of t = |z| / √2, twice z² · eps / 2
+    rtol = (8 + 2 * float(z.square().max())) * torch.finfo(torch.float64).eps
+    torch.testing.assert_close(y, exact, rtol=2 * rtol, atol=0)  # theirs, too
+    near = z.abs() < 1
+    torch.testing.assert_close(y[near], exact[near], rtol=4e-15, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_rounded_to_nearest_even(dtype):
+    torch.manual_seed(0)
+    largest = torch.finfo(dtype).max
+    # quarters of the last digit beside 1 and 256: below, at and above every tie, and odd and even
+    steps = 1 + torch.arange(-64, 65) * torch.finfo(dtype).eps / 4
+    values = torch.cat(
+        [steps, -steps, 256 * steps, torch.randn(200) * 1e-3, torch.randn(200) * 1e3]
+    )
+    special = torch.tensor([largest, -largest, 0.0, -0.0, math.inf, -math.inf, math.nan])
+    bias = torch.cat([values, special, torch.full((1,), 1.003 * largest)])
+    mean, var = torch.zeros(len(bias)), torch.ones(len(bias))
+    for rows in (1, 3):
+        x = torch.zeros(rows, len(bias), dtype=dtype)
+        y = batchnorm.batch_norm(x, mean, var, None, bias, eps=0.0)
+        expected = bias.to(dtype).expand(rows, -1)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_without_kernels_torchs_operator_runs():
     found = run("import batchnorm; print(batchnorm.backend())", BATCHNORM_BACKEND="torch")
     assert found.stdout.strip() == "torch"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from batchnorm.errors import BatchNormError
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import backend
+from batchnorm.kernels.memory import reuse_memory
 from batchnorm.layers import (
     BatchNorm,
     BatchNorm1d,
@@ -98,6 +99,7 @@ __all__ = [
     "one_update",
     "param_groups",
     "recalibrate",
+    "reuse_memory",
     "single_values",
     "summary",
     "synchronize_buffers",

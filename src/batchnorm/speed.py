@@ -5,7 +5,8 @@ the rounds' ratios, since seconds drift and ratios of neighbours do not. An allo
 for a process, so each setting has a process:
 
     reused        glibc keeps what was freed
-    default       glibc gives a tensor over 32 MB back to the system at once, and asks for it again
+    default       glibc gives a tensor over 32 MB back to the system at once, and asks for it again,
+                  but for this library's own, which reuse memory
     huge-pages    THP_MEM_ALLOC_ENABLE=1, torch's own switch
 """
 

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from batchnorm.errors import BatchNormError
+from batchnorm.kernels import memory
 from batchnorm.kernels.activations import ACTIVATIONS, DERIVATIVES
 
 try:
@@ -169,7 +170,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y, and statistics: (3, C), the mean, biased variance and 1 / √(var + eps) that were used."""
     x, layout = _dense(x)
-    y = torch.empty_like(x)
+    y = memory.empty_like(x, DTYPES[x.dtype])
     statistics = torch.empty((3, layout[2]), dtype=torch.float64) if kept else None
     if residual is not None:
         residual = _like(residual, x)
@@ -244,12 +245,13 @@ class BatchNorm(torch.autograd.Function):
         dy = _like(dy, x)
         if extra is not None:
             extra = _like(extra, x)
-        dx = torch.empty_like(x) if needs_x or activation in KEEPS_GRADIENT else None
-        gradient = torch.empty_like(x) if keeps else dx if activation in KEEPS_GRADIENT else None
+        code, costly = DTYPES[x.dtype], activation in KEEPS_GRADIENT
+        dx = memory.empty_like(x, code) if needs_x or costly else None
+        gradient = memory.empty_like(x, code) if keeps else dx if costly else None
         dweight = torch.empty_like(weight) if needs_weight else None
         dbias = torch.empty_like(bias) if needs_bias else None
         _cpu.backward(
-            DTYPES[x.dtype],
+            code,
             *layout,
             torch.get_num_threads(),
             x.data_ptr(),
@@ -391,7 +393,7 @@ def input_gradient(
     """weight · invstd · (dy − mean_sum − (x − mean) · invstd² · mean_dot)."""
     x, layout = _dense(x)
     dy = _like(dy, x)
-    dx = torch.empty_like(x)
+    dx = memory.empty_like(x, DTYPES[x.dtype])
     statistics = torch.stack([mean.double(), mean.double(), invstd.double()])  # the second unread
     # the kernel divides by the count of values that it sees
     sums = torch.stack([mean_sum, mean_dot]).double() * (x.numel() // layout[2])

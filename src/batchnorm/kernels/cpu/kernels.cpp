@@ -42,12 +42,16 @@ template <class T, class Body> void with_residual(const Job& job, const Body& bo
 }
 
 template <class Body> void dispatch(const Job& job, const Body& body) {
+#if defined(__AVX512BF16__)  // the others' kernels are avx512's
+  with_residual<bfloat16>(job, body);
+#else
   switch (job.dtype) {
     case Dtype::float32: return with_residual<float>(job, body);
     case Dtype::float64: return with_residual<double>(job, body);
     case Dtype::bfloat16: return with_residual<bfloat16>(job, body);
     case Dtype::float16: return with_residual<float16>(job, body);
   }
+#endif
 }
 
 struct ForwardPass {

@@ -2,7 +2,9 @@
 // them; sizes are checked here before any address is used.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <cmath>
 #include <cstdlib>
@@ -13,6 +15,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -22,13 +25,16 @@ namespace batchnorm {
 #if defined(BATCHNORM_X86)
 extern const Kernels avx512, avx2;
 #endif
+#if defined(BATCHNORM_BF16)
+extern const Kernels avx512bf16;  // of bfloat16 alone
+#endif
 extern const Kernels baseline;
 
 namespace {
 
 struct Choice {
   const char* name;
-  const Kernels* kernels;
+  const Kernels *kernels, *of_bfloat16;
 };
 
 // The widest instruction set that the processor has, or the one that BATCHNORM_ISA names.
@@ -44,10 +50,14 @@ Choice choose() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && may("avx512")) return {"avx512", &avx512};
-  if (has_avx2 && may("avx2")) return {"avx2", &avx2};
+#if defined(BATCHNORM_BF16)
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16") && may("avx512"))
+    return {"avx512", &avx512, &avx512bf16};
 #endif
-  if (may("baseline")) return {"baseline", &baseline};
+  if (has_avx512 && may("avx512")) return {"avx512", &avx512, &avx512};
+  if (has_avx2 && may("avx2")) return {"avx2", &avx2, &avx2};
+#endif
+  if (may("baseline")) return {"baseline", &baseline, &baseline};
   throw std::runtime_error(std::string("BATCHNORM_ISA=") + wanted +
                            ", which this processor or this build does not have; there are avx512, "
                            "avx2 and baseline");
@@ -56,6 +66,10 @@ Choice choose() {
 const Choice& chosen() {
   static const Choice choice = choose();
   return choice;
+}
+
+const Kernels& kernels_of(const Job& job) {
+  return *(job.dtype == Dtype::bfloat16 ? chosen().of_bfloat16 : chosen().kernels);
 }
 
 using Address = std::uintptr_t;
@@ -210,10 +224,10 @@ void forward(int dtype, bool rows, std::int64_t batch, std::int64_t channels, st
       job.var[c] = read(running_var, running, c);
       job.invstd[c] = 1 / std::sqrt(job.var[c] + eps);
     }
-    chosen().kernels->normalize(job);
+    kernels_of(job).normalize(job);
     return;
   }
-  chosen().kernels->forward(job);
+  kernels_of(job).forward(job);
   const double count = static_cast<double>(batch) * static_cast<double>(plane);
   for (std::int64_t c = 0; c < channels; ++c) {
     // momentum weighs the new batch, as in torch
@@ -252,7 +266,7 @@ void backward(int dtype, bool rows, std::int64_t batch, std::int64_t channels, s
   job.bias = parameters.bias.data();
   job.sum = sums.data();
   job.dot = job.sum + channels;
-  const Kernels& kernels = *chosen().kernels;
+  const Kernels& kernels = kernels_of(job);
   const bool sums_wanted = training || dweight || dbias || keeps_gradient(job.activation, residual);
   if (!sums_wanted) kernels.input_gradient(job);
   else if (dx) kernels.backward(job);
@@ -273,7 +287,7 @@ void moments(int dtype, bool rows, std::int64_t batch, std::int64_t channels, st
   job.mean = at<double>(statistics);
   job.var = job.mean + channels;
   job.invstd = job.var + channels;
-  chosen().kernels->moments(job);
+  kernels_of(job).moments(job);
 }
 
 // dx from sums that somebody has added up: over more than x holds, scaled to its count of values.
@@ -294,7 +308,68 @@ void input_gradient(int dtype, bool rows, std::int64_t batch, std::int64_t chann
   job.bias = parameters.bias.data();
   job.sum = at<double>(sums);
   job.dot = job.sum + channels;
-  chosen().kernels->input_gradient(job);
+  kernels_of(job).input_gradient(job);
+}
+
+// A tensor on a block, as DLPack hands it over. The block is given back when the storage ends: with
+// the last tensor, view or saved variable on it, in whichever thread that is, with the GIL or without.
+struct Exported {
+  struct Managed {
+    nb::dlpack::dltensor tensor;
+    void* context;
+    void (*end)(Managed*);
+  } managed;
+  Block block;
+  std::vector<std::int64_t> sizes, strides;
+
+  static void end(Managed* managed) {
+    Exported* const self = static_cast<Exported*>(managed->context);
+    give_back(self->block);
+    delete self;
+  }
+};
+
+// A capsule for torch.from_dlpack, or None where there is no memory to be had this way.
+nb::object empty(int dtype, std::vector<std::int64_t> sizes, std::vector<std::int64_t> strides) {
+  if (sizes.size() != strides.size()) throw std::invalid_argument("as many strides as sizes");
+  const std::int64_t item = bytes_of(known(dtype));
+  std::int64_t elements = 1;
+  for (std::size_t axis = 0; axis < sizes.size(); ++axis) {
+    std::int64_t reach = 0;
+    if (sizes[axis] < 1 || strides[axis] < 0)
+      throw std::invalid_argument("sizes must be positive, and no stride negative");
+    if (__builtin_mul_overflow(sizes[axis] - 1, strides[axis], &reach) ||
+        __builtin_add_overflow(elements, reach, &elements))
+      throw std::invalid_argument("sizes beyond 64 bits");
+  }
+  if (elements > std::numeric_limits<std::int64_t>::max() / 16)
+    throw std::invalid_argument("sizes beyond 64 bits");
+  const Block block = take(static_cast<std::size_t>(elements * item));
+  if (!block.data) return nb::none();
+  auto* const out = new Exported{{}, block, std::move(sizes), std::move(strides)};
+  constexpr std::uint8_t FLOAT = 2, BFLOAT = 4;  // DLPack's codes
+  nb::dlpack::dltensor& tensor = out->managed.tensor;
+  tensor.data = block.data;
+  tensor.device = {nb::device::cpu::value, 0};
+  tensor.ndim = static_cast<std::int32_t>(out->sizes.size());
+  tensor.dtype = {static_cast<Dtype>(dtype) == Dtype::bfloat16 ? BFLOAT : FLOAT,
+                  static_cast<std::uint8_t>(8 * item), 1};
+  tensor.shape = out->sizes.data();
+  tensor.strides = out->strides.data();
+  out->managed.context = out;
+  out->managed.end = Exported::end;
+  PyObject* const capsule = PyCapsule_New(&out->managed, "dltensor", [](PyObject* unused) {
+    // who takes the tensor renames the capsule
+    if (!PyCapsule_IsValid(unused, "dltensor")) return;
+    auto* const managed =
+        static_cast<Exported::Managed*>(PyCapsule_GetPointer(unused, "dltensor"));
+    managed->end(managed);
+  });
+  if (!capsule) {
+    Exported::end(&out->managed);
+    nb::raise_python_error();
+  }
+  return nb::steal(capsule);
 }
 
 }  // namespace
@@ -309,4 +384,8 @@ NB_MODULE(_cpu, m) {
   m.def("input_gradient", &batchnorm::input_gradient, Released());
   m.def("isa", [] { return std::string(batchnorm::chosen().name); });
   m.def("has_pool", &batchnorm::has_pool);
+  m.def("empty", &batchnorm::empty);
+  m.def("keep_at_most", &batchnorm::keep_at_most);
+  m.def("most_kept", &batchnorm::most_kept);
+  m.def("kept", &batchnorm::kept);
 }

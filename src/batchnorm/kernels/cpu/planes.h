@@ -78,7 +78,7 @@ template <class T> struct PlaneMoments {
     moments.merge_sums(static_cast<double>(count), static_cast<double>(shift[k]),
                        sum_of<A>(sum[k]), sum_of<A>(squares[k]));
     sum[k] = squares[k] = V{};
-    if (finite(moments.mean)) shift[k] = static_cast<A>(moments.mean);
+    if (finite(moments.mean())) shift[k] = static_cast<A>(moments.mean());
   }
 
   // The mean of the channel's first elements.

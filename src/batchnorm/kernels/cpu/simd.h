@@ -38,6 +38,7 @@ template <> struct Computed<float16> { using type = float; };
 template <class T> using ComputedIn = typename Computed<T>::type;
 
 typedef std::uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+typedef std::uint64_t LongWords __attribute__((vector_size(VECTOR_BYTES)));
 typedef std::uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef std::uint16_t HalvesUnaligned
     __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
@@ -61,12 +62,18 @@ template <class A> inline Vector<A> fma(Vector<A> a, Vector<A> b, Vector<A> c) {
 inline Vector<float> widen(bfloat16, Halves halves) {
   return bits_as<Vector<float>>(__builtin_convertvector(halves, Words) << 16);
 }
+#if defined(__AVX512BF16__)
+inline Halves narrow(bfloat16, Vector<float> value) {  // as below, but what is below 2^-126 becomes 0
+  return bits_as<Halves>(_mm512_cvtneps_pbh(bits_as<__m512>(value)));
+}
+#else
 inline Halves narrow(bfloat16, Vector<float> value) {  // to the nearest, ties to even
   const Words bits = bits_as<Words>(value);
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words quiet = (bits >> 16) | 0x40;  // rounding would turn some NaN into infinity
   return __builtin_convertvector(value == value ? rounded : quiet, Halves);
 }
+#endif
 
 #if defined(__AVX512F__)
 inline Vector<float> widen(float16, Halves halves) {

@@ -7,24 +7,28 @@ constexpr std::int64_t OPENING = 256;  // whose mean is the first shift
 
 // Mean and Σ (x − mean)² of what was seen, as Chan, Golub & LeVeque (1983) merge them. A chunk is
 // summed about a shift near its mean: the elements behind the shift are part of the data, so that
-// (shift − mean)² per element is never more than a small multiple of the variance.
+// (shift − mean)² per element is never more than a small multiple of the variance. The mean is kept as
+// its distance from the first shift: what a double keeps of a mean of 1e6 is 1e-10, and the squares
+// would err by the product of that and the distance of two chunks' means.
 struct Moments {
-  double count = 0, mean = 0, squares = 0;
+  double count = 0, origin = 0, away = 0, squares = 0;
 
-  void merge(double other_count, double other_mean, double other_squares) {
-    if (other_count == 0) return;
-    const double total = count + other_count, delta = other_mean - mean;
-    mean += delta * (other_count / total);
-    squares += other_squares + delta * delta * (count * other_count / total);
+  double mean() const { return origin + away; }
+
+  void merge(const Moments& other) {
+    if (other.count == 0) return;
+    if (count == 0) origin = other.origin;
+    const double total = count + other.count;
+    const double delta = (other.origin - origin) + (other.away - away);
+    away += delta * (other.count / total);
+    squares += other.squares + delta * delta * (count * other.count / total);
     count = total;
   }
-
-  void merge(const Moments& other) { merge(other.count, other.mean, other.squares); }
 
   // Σ (x − shift) and Σ (x − shift)² of a chunk.
   void merge_sums(double chunk_count, double shift, double sum, double about_shift) {
     const double excess = about_shift - sum * (sum / chunk_count);
-    merge(chunk_count, shift + sum / chunk_count, excess < 0 ? 0 : excess);
+    merge({chunk_count, shift, sum / chunk_count, excess < 0 ? 0 : excess});
   }
 };
 
@@ -60,7 +64,7 @@ template <class A> inline Slope<A> slope_of(const Job& job, std::int64_t c) {
 }
 
 inline void finish_moments(const Job& job, std::int64_t c, const Moments& moments) {
-  job.mean[c] = moments.mean;
+  job.mean[c] = moments.mean();
   job.var[c] = moments.squares / moments.count;
   job.invstd[c] = 1 / __builtin_sqrt(job.var[c] + job.eps);
 }
@@ -106,7 +110,7 @@ inline Moments moments_in_double(const Job& job, const Part& part, std::int64_t 
     const double away = static_cast<double>(load(x + i, 1)[0]) - mean;
     squares += away * away;
   });
-  return {count, mean, squares};
+  return {count, mean, 0, squares};
 }
 
 // One storage type, one activation, with a residual or not: what is done to a run of elements of one

@@ -276,7 +276,7 @@ template <class T> struct TileMoments {
       moments[c].merge_sums(static_cast<double>(count), static_cast<double>(shift[c * t.plane]),
                             sums.sums[c], sums.dots[c]);
       sums.sums[c] = sums.dots[c] = 0;
-      set_shift(t, c, moments[c].mean);
+      set_shift(t, c, moments[c].mean());
     }
     repeat_shifts(t);
   }
