@@ -181,6 +181,49 @@ def compiled_and_saved():
     close(layer.running_var, layer.running_var.double())
 
 
+def one_value_in_all_processes():
+    """One rank has one value per channel and the others none: torch's error, or the choice."""
+    layer = batchnorm.SyncBatchNorm(3, momentum=None).to(DEVICE, torch.float64)
+    model = nn.Sequential(layer)
+    layer(randn(4, 3, seed=RANK))
+    before = copy.deepcopy(layer.state_dict())
+    x = randn(1 if RANK == RANKS - 1 else 0, 3)
+    with expected("Expected more than 1 value per channel when training, got one in all processes"):
+        layer(x)
+    batchnorm.single_values(model)
+    y = model(x.requires_grad_())
+    close(y.detach(), copy.deepcopy(model).eval()(x).detach(), 0)
+    y.sum().backward()
+    close(x.grad, (layer.weight * (layer.running_var + layer.eps).rsqrt()).detach().expand_as(x))
+    with batchnorm.one_update(model):
+        close(model(x).detach(), y.detach(), 0)
+    for mine, other in zip(layer.state_dict().values(), before.values(), strict=True):
+        assert torch.equal(mine, other)
+    model(randn(1, 3, seed=RANK)).sum().backward()  # one value each: several together
+    assert layer.num_batches_tracked == 2
+    batchnorm.single_values(model, "error")
+    with expected("'SyncBatchNorm number 1'"):
+        model(x)
+
+
+def a_batch_that_moves_nothing_does_not_count():
+    """momentum=None, the plain average: a mask, or nobody's samples, leave nothing."""
+    layer = batchnorm.SyncBatchNorm(3, momentum=None).to(DEVICE, torch.float64)
+    twin = copy.deepcopy(layer)
+    nothing = torch.zeros(4, dtype=torch.bool, device=DEVICE)
+    layer(randn(4, 3), mask=nothing)
+    assert layer.num_batches_tracked == 0
+    for seed in range(3):
+        x = randn(4, 3, seed=seed + 10 * RANK)
+        layer(x)
+        twin(x)
+        layer(x * 100, mask=nothing)
+        layer(x[:0])
+    assert layer.num_batches_tracked == 3
+    for mine, other in zip(layer.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(mine, other)
+
+
 def buffers_made_equal():
     for source in (None, 0, RANKS - 1):
         model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(2)).to(DEVICE)

@@ -32,8 +32,8 @@ from batchnorm.checks.subject import Subject, Training
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.kernels.native import transformed
 from batchnorm.model.discovery import SYNCHRONISED, Norm, batch_norms
-from batchnorm.model.freezing import SET_ASIDE
 from batchnorm.model.recalibration import Moments
+from batchnorm.variants.variant import SET_ASIDE
 
 EVERY = 50  # steps between two looks at the layers' inputs
 KEPT = 4  # looks that count, the last ones
