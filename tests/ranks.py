@@ -5,6 +5,7 @@ Each function runs on every rank; what it finds wrong it raises.
 
 import contextlib
 import copy
+import functools
 import io
 import os
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm import reference
@@ -204,6 +206,21 @@ def one_value_in_all_processes():
     batchnorm.single_values(model, "error")
     with expected("'SyncBatchNorm number 1'"):
         model(x)
+
+
+def under_a_checkpoint():
+    """The recomputation is a call on every rank; with update_once gradients and statistics are the same."""
+    layers = [nn.Linear(3, 3), batchnorm.SyncBatchNorm(3), nn.Tanh()]
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers).to(DEVICE, torch.float64)
+    twin = copy.deepcopy(model)
+    xs = [randn(4 + RANK, 3, seed=RANK).requires_grad_() for _ in range(2)]
+    once = functools.partial(batchnorm.update_once, model)
+    checkpoint(model, xs[0], use_reentrant=False, context_fn=once).pow(3).sum().backward()
+    twin(xs[1]).pow(3).sum().backward()
+    close(xs[0].grad, xs[1].grad)
+    for mine, other in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        close(mine, other.double())
 
 
 def a_batch_that_moves_nothing_does_not_count():

@@ -270,6 +270,23 @@ def test_accumulate_without_gradients_is_the_loss_of_the_large_batch():
     same_state(model, twin)
 
 
+def test_accumulate_joins_single_values_of_a_lenient_layer():
+    model = batchnorm.single_values(nn.Sequential(made("ours")))
+    twin, x = copy.deepcopy(model), torch.randn(4, 3, dtype=torch.float64)
+    loss = batchnorm.accumulate(model, lambda m, x: m(x).pow(3).sum(), x.split(1))
+    torch.testing.assert_close(loss, twin(x).pow(3).sum())
+    same_state(model, twin)
+
+
+@pytest.mark.parametrize("kind", ["split", "frozen"])
+def test_accumulate_takes_members_that_normalize_as_the_plain_layer(kind):
+    model, x = nn.Sequential(made(kind)), images()
+    twin = copy.deepcopy(model)
+    loss = batchnorm.accumulate(model, lambda m, x: m(x).pow(3).sum(), x.split(4))
+    torch.testing.assert_close(loss, twin(x).pow(3).sum())
+    same_state(model, twin)
+
+
 def test_accumulate_says_where_gradients_are_switched_off():
     model = nn.Sequential(made("ours"))
 

@@ -22,8 +22,10 @@ class Lenient(Mixin, _NormBase):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Normalize; one value per channel as in evaluation."""
         one = isinstance(input, Tensor) and input.numel() == self.num_features
-        # of a synchronised layer all processes find it together, after they have said what they hold
+        # of a synchronised layer all processes find it together, after they have said what they hold;
+        # and in an accumulate, which stands in for `normalize`, the micro-batches
         together = isinstance(self, SyncBatchNorm) and several(self.process_group)
+        together = together or "normalize" in vars(self)
         if self.training and one and not together:
             return self._evaluate(input, *args, **kwargs)
         try:
