@@ -234,6 +234,17 @@ def test_plain_layers_may_be_recomputed(reentrant):
     torch.testing.assert_close(step(model, run), step(twin, lambda m, x: m(x)))
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_that_moves_nothing_needs_no_update_once(reentrant):
+    model, twin = block(), block()
+
+    def run(model, x):
+        return checkpoint(model, x, use_reentrant=reentrant)
+
+    with batchnorm.no_update(model), batchnorm.no_update(twin):
+        torch.testing.assert_close(step(model, run), step(twin, lambda m, x: m(x)))
+
+
 def test_in_evaluation_a_checkpoint_changes_nothing():
     model, twin = block().eval(), block().eval()
 

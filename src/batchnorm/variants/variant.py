@@ -45,7 +45,8 @@ class Variant(_NormBase):
                 f"num_features={input.shape[axis]}, or pass axis=, where the channels stand."
             )
         x, keep = masks.counted(input, mask, axis)
-        return self._forward(x, keep).movedim(1, axis)
+        y = self._forward(x, keep)
+        return y if axis == 1 else y.movedim(1, axis)
 
     def _forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
         if self.training:
