@@ -275,7 +275,7 @@ def test_a_comparison_trains_them(tmp_path, monkeypatch):
     arms = ["ghost", "renorm", "estimator", "split", "sync", "frozen"]
     result = batchnorm.compare(
         tiny.network, arms, data=tiny.as_images(), seeds=1, epochs=2, batch_size=64,
-        learning_rate=0.1, ghost_size=8,
+        learning_rate=0.1, threads=1, ghost_size=8,
     )  # fmt: skip
     assert {cell.config.ghost_size for cell in result.record.cells} == {8}
     assert set(result.summary) == set(arms)
