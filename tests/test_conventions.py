@@ -391,3 +391,15 @@ def test_what_is_no_such_onnx_model_is_said(model, message):
 def test_what_is_no_layer_of_the_note_is_said():
     with pytest.raises(BatchNormError, match=r"from_note got a BatchNorm2d and wants .* has gamma"):
         batchnorm.from_note(torch.nn.BatchNorm2d(3), 3)
+
+
+def test_an_onnx_model_in_bfloat16_comes_in():
+    model = batchnorm.to_onnx(trained())
+    exact = {}
+    for each in model.graph.initializer:
+        value = jax.numpy.asarray(onnx.numpy_helper.to_array(each), "bfloat16")
+        exact[each.name] = np.asarray(value.astype("float32"))
+        each.CopyFrom(onnx.numpy_helper.from_array(np.asarray(value), each.name))
+    norm = batchnorm.from_onnx(model)["y"]
+    assert np.array_equal(norm.weight.detach().numpy(), exact["scale"])
+    assert np.array_equal(norm.running_var.numpy(), exact["var"])
