@@ -5,6 +5,7 @@ Each function runs on every rank; what it finds wrong it raises.
 
 import contextlib
 import copy
+import functools
 import io
 import os
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 from batchnorm import reference
@@ -179,6 +181,64 @@ def compiled_and_saved():
     with torch.autocast(DEVICE.type, torch.bfloat16):
         assert layer(x.bfloat16()).dtype == torch.bfloat16
     close(layer.running_var, layer.running_var.double())
+
+
+def one_value_in_all_processes():
+    """One rank has one value per channel and the others none: torch's error, or the choice."""
+    layer = batchnorm.SyncBatchNorm(3, momentum=None).to(DEVICE, torch.float64)
+    model = nn.Sequential(layer)
+    layer(randn(4, 3, seed=RANK))
+    before = copy.deepcopy(layer.state_dict())
+    x = randn(1 if RANK == RANKS - 1 else 0, 3)
+    with expected("Expected more than 1 value per channel when training, got one in all processes"):
+        layer(x)
+    batchnorm.single_values(model)
+    y = model(x.requires_grad_())
+    close(y.detach(), copy.deepcopy(model).eval()(x).detach(), 0)
+    y.sum().backward()
+    close(x.grad, (layer.weight * (layer.running_var + layer.eps).rsqrt()).detach().expand_as(x))
+    with batchnorm.one_update(model):
+        close(model(x).detach(), y.detach(), 0)
+    for mine, other in zip(layer.state_dict().values(), before.values(), strict=True):
+        assert torch.equal(mine, other)
+    model(randn(1, 3, seed=RANK)).sum().backward()  # one value each: several together
+    assert layer.num_batches_tracked == 2
+    batchnorm.single_values(model, "error")
+    with expected("'SyncBatchNorm number 1'"):
+        model(x)
+
+
+def under_a_checkpoint():
+    """The recomputation is a call on every rank; with update_once gradients and statistics are the same."""
+    layers = [nn.Linear(3, 3), batchnorm.SyncBatchNorm(3), nn.Tanh()]
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers).to(DEVICE, torch.float64)
+    twin = copy.deepcopy(model)
+    xs = [randn(4 + RANK, 3, seed=RANK).requires_grad_() for _ in range(2)]
+    once = functools.partial(batchnorm.update_once, model)
+    checkpoint(model, xs[0], use_reentrant=False, context_fn=once).pow(3).sum().backward()
+    twin(xs[1]).pow(3).sum().backward()
+    close(xs[0].grad, xs[1].grad)
+    for mine, other in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        close(mine, other.double())
+
+
+def a_batch_that_moves_nothing_does_not_count():
+    """momentum=None, the plain average: a mask, or nobody's samples, leave nothing."""
+    layer = batchnorm.SyncBatchNorm(3, momentum=None).to(DEVICE, torch.float64)
+    twin = copy.deepcopy(layer)
+    nothing = torch.zeros(4, dtype=torch.bool, device=DEVICE)
+    layer(randn(4, 3), mask=nothing)
+    assert layer.num_batches_tracked == 0
+    for seed in range(3):
+        x = randn(4, 3, seed=seed + 10 * RANK)
+        layer(x)
+        twin(x)
+        layer(x * 100, mask=nothing)
+        layer(x[:0])
+    assert layer.num_batches_tracked == 3
+    for mine, other in zip(layer.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def buffers_made_equal():

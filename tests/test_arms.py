@@ -1,5 +1,7 @@
 """What the arms put in the place of batch normalization."""
 
+import copy
+
 import pytest
 import timm.layers
 import torch
@@ -22,6 +24,10 @@ KINDS = {
     "batch-population": (arms.PopulationNorm, arms.PopulationNorm),
     "ghost": (batchnorm.GhostBatchNorm, batchnorm.GhostBatchNorm),
     "renorm": (batchnorm.RenormBatchNorm, batchnorm.RenormBatchNorm),
+    "estimator": (batchnorm.EstimatorBatchNorm, batchnorm.EstimatorBatchNorm),
+    "frozen": (batchnorm.FrozenBatchNorm, batchnorm.FrozenBatchNorm),
+    "split": (batchnorm.SplitBatchNorm, batchnorm.SplitBatchNorm),
+    "sync": (batchnorm.SyncBatchNorm, batchnorm.SyncBatchNorm),
 }
 
 
@@ -47,11 +53,47 @@ def test_parameters_are_those_that_the_note_counts():
     assert counts == {"none": 61_706, "batch": 61_706 + 452, "batch-note": 61_706 + 8}
 
 
-@pytest.mark.parametrize("arm", ["batch", "batch-torch", "group", "layer", "ghost", "renorm"])
+@pytest.mark.parametrize(
+    "arm",
+    ["batch", "batch-torch", "group", "layer", "ghost", "renorm", "estimator", "frozen", "sync"],
+)
 def test_weight_and_bias_start_from_the_networks_own(arm):
     model, _ = arms.apply(tiny.network(), arm)
     assert model.norm1.weight.tolist() == [1.0] * 8
     assert model.norm2.weight.tolist() == [0.0] * 8
+
+
+@pytest.mark.parametrize("arm", ["split", "sync"])
+def test_one_domain_in_one_process_is_the_plain_layer(arm):
+    torch.manual_seed(0)
+    model = tiny.network()
+    model.dropout.p = 0
+    twin, _ = arms.apply(copy.deepcopy(model), "batch")
+    model, _ = arms.apply(model, arm)
+    assert len(list(model.parameters())) == len(list(twin.parameters()))
+    for training in (True, True, False):
+        x = torch.rand(6, 1, 28, 28)
+        torch.testing.assert_close(model.train(training)(x), twin.train(training)(x))
+
+
+def test_frozen_is_the_network_s_own_map_and_nothing_trains():
+    model = tiny.network()
+    model.norm1.running_mean.fill_(3)
+    model.norm1.running_var.fill_(4)
+    model.dropout.p = 0
+    expected = copy.deepcopy(model).eval()
+    model, _ = arms.apply(model, "frozen")
+    x = torch.rand(6, 1, 28, 28)
+    torch.testing.assert_close(model.train()(x), expected(x))
+    assert not list(model.norm1.parameters())
+    bare, _ = arms.apply(nn.Sequential(nn.BatchNorm1d(3, affine=False)), "frozen")
+    assert bare[0].weight.tolist() == [1.0] * 3
+
+
+def test_the_size_of_a_ghost_batch():
+    model, _ = arms.apply(tiny.network(), "ghost", 7)
+    assert model.norm1.ghost_size == model.norm2.ghost_size == 7
+    assert arms.apply(tiny.network(), "ghost")[0].norm1.ghost_size == 32
 
 
 def test_running_statistics_of_a_trained_network_come_along():

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import timm.layers
 import torch
 
 import batchnorm
@@ -117,6 +118,16 @@ class TestKeras:
         with pytest.raises(BatchNormError, match=r"no variables yet\. Call layer\.build"):
             batchnorm.from_keras(keras.layers.BatchNormalization())
 
+    @pytest.mark.parametrize(
+        "other", [keras.layers.LayerNormalization(), keras.layers.Dense(3), torch.nn.BatchNorm2d(3)]
+    )
+    def test_another_layer_is_said(self, other):
+        name = type(other).__name__
+        with pytest.raises(
+            BatchNormError, match=rf"from_keras got a {name} and wants a keras\.layers\.BatchNorm"
+        ):
+            batchnorm.from_keras(other)
+
 
 class TestFlax:
     def made(self, **options):
@@ -167,8 +178,53 @@ class TestFlax:
         near(module.apply(variables, data()), ours(norm.eval(), data()))
 
     def test_a_whole_model_s_variables_are_refused(self):
-        with pytest.raises(BatchNormError, match=r'Of a model pass variables\["batch_stats"\]'):
-            batchnorm.from_flax({"params": {}, "batch_stats": {"BatchNorm_0": {}}})
+        """The way out that the error names is one."""
+
+        class Model(flax.linen.Module):
+            @flax.linen.compact
+            def __call__(self, x):
+                return flax.linen.BatchNorm(use_running_average=True)(x)
+
+        variables = Model().init(jax.random.key(0), data())
+        with pytest.raises(BatchNormError) as caught:
+            batchnorm.from_flax(variables)
+        assert "batch_stats ['BatchNorm_0'] and wants the variables of one layer" in str(
+            caught.value
+        )
+        way_out = str(caught.value).split("each collection: ")[1].removesuffix(".")
+        near(
+            ours(batchnorm.from_flax(eval(way_out)).eval(), data()),  # noqa: S307  # our own words
+            Model().apply(variables, data()),
+        )
+
+    @pytest.mark.parametrize(
+        ("variables", "message"),
+        [
+            (flax.linen.BatchNorm(), "a BatchNorm and wants the variables of one layer"),
+            ({"params": {"scale": 1}}, r"batch_stats \[\] and wants"),
+            (
+                {"params": {"kernel": 1}, "batch_stats": {"mean": 1, "var": 1}},
+                r"params with kernel, which no flax\.linen\.BatchNorm has",
+            ),
+        ],
+    )
+    def test_another_layer_is_said(self, variables, message):
+        with pytest.raises(BatchNormError, match=f"from_flax got .*{message}"):
+            batchnorm.from_flax(variables)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_half_precision_comes_in(self, dtype):
+        _, variables = self.made()
+        half = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, dtype), variables)
+        norm = batchnorm.from_flax(half)
+        for name, leaf in (
+            ("weight", half["params"]["scale"]),
+            ("bias", half["params"]["bias"]),
+            ("running_mean", half["batch_stats"]["mean"]),
+            ("running_var", half["batch_stats"]["var"]),
+        ):
+            exact = np.asarray(leaf.astype("float32"))
+            assert np.array_equal(getattr(norm, name).detach().float().numpy(), exact)
 
 
 class TestONNX:
@@ -294,3 +350,56 @@ def test_what_has_no_counterpart_is_said(export, options, message):
 def test_a_count_without_a_variance_is_said(export):
     with pytest.raises(BatchNormError, match="count=1 and wants 2 or more"):
         export(batchnorm.BatchNorm(3, affine=False), count=1)
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (torch.nn.LayerNorm(3), r"a LayerNorm and wants a batch norm\. Pass the batch norms"),
+        (torch.nn.Sequential(torch.nn.BatchNorm2d(3)), "a Sequential and wants a batch norm"),
+        (torch.nn.InstanceNorm2d(3, track_running_stats=True), "a InstanceNorm2d and wants"),
+        (batchnorm.SplitBatchNorm(3), r"a SplitBatchNorm and wants a batch norm\. Pass its \.norm"),
+        (batchnorm.BatchNormAct2d(3, activation="relu"), r"a BatchNormAct2d .* Pass its \.norm"),
+        (batchnorm.FrozenBatchNorm(3), r"a FrozenBatchNorm .* batchnorm\.convert\(layer\)"),
+        (timm.layers.BatchNormAct2d(3), "a BatchNormAct2d with an activation of its own"),
+        (batchnorm.BatchNorm(), "a layer that has not learned its size"),
+    ],
+)
+def test_another_layer_is_not_exported(export, layer, message):
+    with pytest.raises(BatchNormError, match=rf"{export.__name__} got {message}"):
+        export(layer)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("model.onnx", r"a str and wants an onnx\.ModelProto: onnx\.load"),
+        (
+            onnx.helper.make_model(
+                onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [], [])
+            ),
+            "a model of Relu, and wants one with BatchNormalization",
+        ),
+    ],
+)
+def test_what_is_no_such_onnx_model_is_said(model, message):
+    with pytest.raises(BatchNormError, match=f"from_onnx got {message}"):
+        batchnorm.from_onnx(model)
+
+
+def test_what_is_no_layer_of_the_note_is_said():
+    with pytest.raises(BatchNormError, match=r"from_note got a BatchNorm2d and wants .* has gamma"):
+        batchnorm.from_note(torch.nn.BatchNorm2d(3), 3)
+
+
+def test_an_onnx_model_in_bfloat16_comes_in():
+    model = batchnorm.to_onnx(trained())
+    exact = {}
+    for each in model.graph.initializer:
+        value = jax.numpy.asarray(onnx.numpy_helper.to_array(each), "bfloat16")
+        exact[each.name] = np.asarray(value.astype("float32"))
+        each.CopyFrom(onnx.numpy_helper.from_array(np.asarray(value), each.name))
+    norm = batchnorm.from_onnx(model)["y"]
+    assert np.array_equal(norm.weight.detach().numpy(), exact["scale"])
+    assert np.array_equal(norm.running_var.numpy(), exact["var"])

@@ -191,9 +191,14 @@ def test_what_does_more_than_batch_norm_is_left_or_keeps_its_activation():
     assert "may do more than batch norm" in str(batchnorm.changes(model))
 
 
-def test_frozen_layers_are_left():
+def test_frozen_layers_stay_frozen_and_are_left_where_they_cannot():
     model = batchnorm.freeze(network(), "1")
     batchnorm.convert(model)
+    account = batchnorm.changes(model)
+    assert not account.left
+    assert isinstance(model[1], batchnorm.BatchNorm2d)
+    assert not model.train()[1].training
+    batchnorm.convert(model, to="group")
     account = batchnorm.changes(model)
     assert [entry.layer for entry in account.left] == ["1"]
     assert "unfreeze it first" in account.left[0].what

@@ -257,9 +257,7 @@ class TestSingleValues:
         assert type(model[0]) is batchnorm.BatchNorm1d
 
     def test_what_is_left_is_said(self):
-        model = nn.Sequential(
-            nn.BatchNorm1d(3, track_running_stats=False), batchnorm.SyncBatchNorm(3)
-        )
+        model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.SyncBatchNorm(3))
         account = str(batchnorm.changes(batchnorm.single_values(model)))
         assert "keeps no running statistics" in account
         assert "takes the values of all processes" in account

@@ -272,14 +272,18 @@ def test_torchscript_is_refused(kind):
 
 def test_a_comparison_trains_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arms = ["ghost", "renorm"]
+    arms = ["ghost", "renorm", "estimator", "split", "sync", "frozen"]
     result = batchnorm.compare(
         tiny.network, arms, data=tiny.as_images(), seeds=1, epochs=2, batch_size=64,
-        learning_rate=0.1,
+        learning_rate=0.1, threads=1, ghost_size=8,
     )  # fmt: skip
-    for arm in arms:
-        (accuracy,) = result.summary[arm].test_accuracy.values
-        assert accuracy > 0.2  # ten patterns, of which chance finds one
+    assert {cell.config.ghost_size for cell in result.record.cells} == {8}
+    assert set(result.summary) == set(arms)
+    constants = [cell for cell in result.record.cells if cell.config.arm == "frozen"]
+    assert constants[0].last.recalibrated_test_accuracy is None  # nothing to recalibrate
+    for arm in arms[:-1]:  # constants train no better than nothing
+        (accuracy,) = result.summary[arm].recalibrated_test_accuracy.values
+        assert accuracy > 0.4  # ten patterns, of which chance finds one
 
 
 class TestTheModelTools:
@@ -321,8 +325,6 @@ class TestTheModelTools:
         copy.deepcopy(model)(images())
         torch.testing.assert_close(state(model), before, rtol=0, atol=0)
         assert isinstance(model[1], FAMILY[kind][0])
-        batchnorm.convert(model, to="torch")
-        assert "unfreeze it first" in str(batchnorm.changes(model))
         batchnorm.unfreeze(model)
         twin = network(kind).train()
         torch.testing.assert_close(model(images()), twin(images()))

@@ -112,9 +112,6 @@ def test_what_replaced_a_domain_s_norm_is_left():
     batchnorm.convert(model, to="torch")
     (left,) = batchnorm.changes(model).left
     assert (left.layer, left.what) == ("1", "its domain 'clean' is a GroupNorm")
-    frozen = batchnorm.freeze(network())
-    batchnorm.convert(frozen, to="torch")
-    assert len(batchnorm.changes(frozen).left) == 2
 
 
 def test_recalibration_is_of_the_domain_that_is_on():

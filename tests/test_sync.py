@@ -58,6 +58,9 @@ def test_it_is_one_process_with_the_joined_batch(count, backend):
         ("under_ddp", 2),
         ("compiled_and_saved", 2),
         ("buffers_made_equal", 3),
+        ("one_value_in_all_processes", 2),
+        ("under_a_checkpoint", 2),
+        ("a_batch_that_moves_nothing_does_not_count", 2),
     ],
 )
 def test_in_several_processes(name, count):

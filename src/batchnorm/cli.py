@@ -56,7 +56,7 @@ def compare(
         str,
         typer.Option(
             help="Of none, batch, batch-torch, batch-note, group, layer, batch-noise, "
-            "batch-population, ghost, renorm."
+            "batch-population, ghost, renorm, estimator, frozen, split, sync."
         ),
     ] = "none,batch",
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
@@ -81,6 +81,9 @@ def compare(
         int, typer.Option(help="Of the training images, the last N: measured, not trained on.")
     ] = 0,
     test_images: Annotated[int | None, typer.Option(help="The first N; all by default.")] = None,
+    ghost_size: Annotated[
+        int, typer.Option(help="Samples in a ghost batch of the arm ghost.")
+    ] = 32,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(help="Of torch; part of the configuration.")
@@ -129,6 +132,7 @@ def compare(
             train_images=train_images,
             held_out_images=held_out_images,
             test_images=test_images,
+            ghost_size=ghost_size,
             device=device,
         )
         console.show(result.record, result.words)

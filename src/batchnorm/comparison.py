@@ -107,7 +107,7 @@ def compare(
         progress: where progress is shown; by default on standard error.
         **options: other fields of `CellConfig`: batch_size, learning_rate, optimizer, schedule,
             momentum, weight_decay, evaluations_per_epoch, recalibration_images, train_images,
-            held_out_images, test_images, device.
+            held_out_images, test_images, ghost_size (of the arm ghost), device.
 
     Returns:
         The comparison; every file of its folder is written.

@@ -24,11 +24,12 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import BatchNormError
 from batchnorm.layers import BatchNorm
-from batchnorm.model.discovery import Norm
+from batchnorm.model.discovery import Norm, activation_of, constant_norms
 from batchnorm.variants.estimators import EstimatorBatchNorm
 from batchnorm.variants.renorm import RenormBatchNorm
 
@@ -56,8 +57,11 @@ def from_keras(layer: Foreign, *, count: int | None = None) -> BatchNorm:
         count: values per channel of its batches; see the module.
 
     Raises:
-        BatchNormError: a layer that is not built yet; a count below 2.
+        BatchNormError: another layer; one that is not built yet; a count below 2.
     """
+    _refuse_other(
+        layer, "from_keras", ("epsilon", "momentum", "axis"), "keras.layers.BatchNormalization"
+    )
     if getattr(layer, "moving_mean", None) is None:
         raise BatchNormError(
             f"from_keras got {layer!r}, which has no variables yet. Call layer.build(shape) first."
@@ -117,12 +121,26 @@ def from_flax(
     Raises:
         BatchNormError: variables without batch_stats of one layer; a count below 2.
     """
+    one = (
+        'the variables of one layer: {"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}'
+    )
+    if not isinstance(variables, Mapping):
+        raise BatchNormError(
+            f"from_flax got a {type(variables).__name__} and wants {one}, as layer.init or "
+            "model.init give them."
+        )
     found, params = variables.get("batch_stats", {}), variables.get("params", {})
     if not {"mean", "var"} <= set(found):
         raise BatchNormError(
             f"from_flax got the collections {sorted(variables)} with batch_stats {sorted(found)} and "
-            'wants those of one layer: {"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}. '
-            'Of a model pass variables["batch_stats"]["BatchNorm_0"] and so on.'
+            f"wants {one}. Of a model's take one layer's from each collection: "
+            '{"params": variables["params"]["BatchNorm_0"], '
+            '"batch_stats": variables["batch_stats"]["BatchNorm_0"]}.'
+        )
+    if strange := set(params) - {"scale", "bias"}:
+        raise BatchNormError(
+            f"from_flax got params with {', '.join(sorted(strange))}, which no flax.linen.BatchNorm "
+            f"has, and wants {one}."
         )
     weight, bias = _array(params.get("scale")), _array(params.get("bias"))
     mean, var = _required(found["mean"]), _required(found["var"])
@@ -157,10 +175,22 @@ def from_onnx(model: Foreign, *, count: int | None = None) -> dict[str, BatchNor
         count: values per channel of the batches; see the module.
 
     Raises:
-        BatchNormError: a node whose values are computed in the graph; a count below 2.
+        BatchNormError: no model, or one without such a node; a node whose values are computed in the
+            graph; a count below 2.
     """
     from onnx import numpy_helper  # noqa: PLC0415  # an extra
 
+    if not hasattr(model, "graph"):
+        raise BatchNormError(
+            f"from_onnx got a {type(model).__name__} and wants an onnx.ModelProto: onnx.load(path)."
+        )
+    kinds = {node.op_type for node in model.graph.node}
+    if "BatchNormalization" not in kinds:
+        raise BatchNormError(
+            f"from_onnx got a model of {', '.join(sorted(kinds)) or 'no nodes'}, and wants one with "
+            "BatchNormalization in it. An exporter may have folded it into its neighbours: export "
+            "without that."
+        )
     stored = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
     layers = {}
     for node in model.graph.node:
@@ -173,7 +203,7 @@ def from_onnx(model: Foreign, *, count: int | None = None) -> dict[str, BatchNor
             )
         own = {attribute.name: attribute.f for attribute in node.attribute}
         eps, momentum = own.get("epsilon", 1e-5), own.get("momentum", 0.9)
-        weight, bias, mean, var = (stored[name] for name in node.input[1:5])
+        weight, bias, mean, var = (_required(stored[name]) for name in node.input[1:5])
         state = State(weight, bias, mean, var, eps, momentum)
         layers[node.output[0]] = _imported(state, count)
     return layers
@@ -233,6 +263,7 @@ def from_note(layer: Foreign, num_features: int, *, count: int | None = None) ->
         BatchNormError: values that are neither one nor C; a count below 2.
     """
     names = ("gamma", "beta", "moving_mean", "moving_var")
+    _refuse_other(layer, "from_note", names, "layer like the note's BatchNorm")
     values = [_required(getattr(layer, name)).reshape(-1) for name in names]
     for name, value in zip(names, values, strict=True):
         if len(value) not in {1, num_features}:
@@ -297,6 +328,7 @@ def _imported(state: State, count: int | None) -> BatchNorm:
 
 def _exported(norm: Norm, verb: str, count: int | None) -> State:
     """A layer's state in the others' conventions."""
+    _refuse_no_norm(norm, verb)
     mean, var = norm.running_mean, norm.running_var
     if mean is None or var is None:
         raise BatchNormError(
@@ -317,6 +349,35 @@ def _exported(norm: Norm, verb: str, count: int | None) -> State:
     bessel = 1.0 if count is None else (_counted(count) - 1) / count
     weight, bias = (None if p is None else _numpy(p) for p in (norm.weight, norm.bias))
     return State(weight, bias, _numpy(mean), _numpy(var) * bessel, norm.eps, 1 - norm.momentum)
+
+
+def _refuse_other(layer: Foreign, verb: str, names: Sequence[str], wanted: str) -> None:
+    if missing := [name for name in names if not hasattr(layer, name)]:
+        raise BatchNormError(
+            f"{verb} got a {type(layer).__name__} and wants a {wanted}, which has "
+            f"{', '.join(missing)}. Pass the layer itself, not the model or another norm."
+        )
+
+
+def _refuse_no_norm(norm: Any, verb: str) -> None:
+    """What is exported must be batch normalization, and no more."""
+    if isinstance(norm, Norm):
+        if norm.running_mean is not None and is_lazy(norm.running_mean):
+            raise BatchNormError(
+                f"{verb} got a layer that has not learned its size. Run a batch first."
+            )
+        if isinstance(activation_of(norm), nn.Identity):
+            return
+        raise BatchNormError(
+            f"{verb} got a {type(norm).__name__} with an activation of its own, and wants the norm "
+            "alone: the activation would be lost. Copy its state dict into a BatchNorm2d."
+        )
+    fix = "Pass the batch norms of the model, one by one"
+    if isinstance(getattr(norm, "norm", None), Norm):
+        fix = "Pass its .norm, and export what else it does by itself"
+    elif isinstance(norm, nn.Module) and constant_norms(norm):
+        fix = "Convert it first: batchnorm.convert(layer)"
+    raise BatchNormError(f"{verb} got a {type(norm).__name__} and wants a batch norm. {fix}.")
 
 
 def _counted(count: int) -> int:
@@ -340,7 +401,11 @@ def _array(value: Foreign) -> Array | None:
     if value is None:
         return None
     value = getattr(value, "value", value)  # Keras's variable holds its backend's tensor
-    return _numpy(value) if isinstance(value, Tensor) else np.asarray(value)
+    if isinstance(value, Tensor):
+        return _numpy(value)
+    array = np.asarray(value)
+    # JAX's bfloat16 is no dtype of NumPy's own, and torch does not read it
+    return array if array.dtype.kind == "f" else array.astype(np.float32)
 
 
 def _required(value: Foreign) -> Array:

@@ -63,8 +63,10 @@ class Forward(_BatchNorm):
         y = self._normalize(
             input, running_mean, running_var, True, residual, activation, mask, axis
         )
-        if counter is not None:
+        if counter is not None and mask is None:
             counter.add_(1)
+        elif counter is not None:
+            counter.add_(masks.moves(*masks.counted(input, mask, axis)))
         return y
 
     def _normalize(
@@ -112,18 +114,18 @@ class Forward(_BatchNorm):
         assert self.running_var is not None  # noqa: S101
         assert self.num_batches_tracked is not None  # noqa: S101
         # momentum 1: what comes back in the buffers is the batch's statistics alone, and where a
-        # mask leaves a channel none of its own, the running ones
-        start = torch.zeros_like if mask is None else torch.clone
-        mean, var_unbiased = start(self.running_mean), start(self.running_var)
+        # channel has none of its own, the running ones
+        mean, var_unbiased = self.running_mean.clone(), self.running_var.clone()
         y = batch_norm(
             x, mean, var_unbiased, self.weight, self.bias, True, 1.0, self.eps,
             mask=mask, residual=residual, activation=activation, axis=axis,
         )  # fmt: skip
-        self.num_batches_tracked.add_(1 if mask is None else mask.any())
+        # a batch that moves nothing has no part in the average
+        self.num_batches_tracked.add_(masks.moves(*masks.counted(x, mask, axis)))
         # a count as int64 would be inverted in float32, and counts end at 256 in bfloat16
         wide = torch.float64 if mean.dtype == torch.float64 else torch.float32
         count = self.num_batches_tracked.to(wide)
-        share = (count if mask is None else count.clamp(min=1)).reciprocal().to(mean.dtype)
+        share = count.clamp(min=1).reciprocal().to(mean.dtype)
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(var_unbiased, share)
         return y

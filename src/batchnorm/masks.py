@@ -71,6 +71,21 @@ def update_running(
             running.copy_(torch.where(known, moved, running))
 
 
+def moves(x: Tensor, keep: Tensor | None = None) -> Tensor | bool:
+    """Whether a batch of (N, C, *spatial) moves statistics: some channel is left two values or more.
+
+    What is said of a mask stays a tensor: reading it would wait for the device.
+    """
+    if keep is None:
+        return bool(x.shape[1] > 0 and x.numel() >= 2 * x.shape[1])
+    return (count(keep) > 1).any()
+
+
+def count(keep: Tensor) -> Tensor:
+    """(N, 1 or C, *spatial) -> (1 or C,): the values that are left to each channel."""
+    return keep.movedim(1, 0).flatten(1).sum(1)
+
+
 def counted(x: Tensor, mask: Tensor | None = None, axis: int = 1) -> tuple[Tensor, Tensor | None]:
     """x with its channels on axis 1 and the mask in its rank: what a layer's call is about."""
     if mask is None and axis == 1:
@@ -82,7 +97,8 @@ def counted(x: Tensor, mask: Tensor | None = None, axis: int = 1) -> tuple[Tenso
 def called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """`counted` of what a layer is called with, whatever its first argument is named."""
     given = dict(zip(("mask", "axis"), args[1:], strict=False)) | kwargs
-    x = args[0] if args else next(iter(kwargs.values()))
+    # by keyword the input may stand anywhere, and others' layers name it otherwise
+    x = args[0] if args else next(v for k, v in kwargs.items() if k not in {"mask", "axis"})
     x, keep = counted(x, given.get("mask"), given.get("axis", 1))
     if keep is not None and keep.shape[1] != 1:
         raise BatchNormError(

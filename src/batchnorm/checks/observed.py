@@ -15,8 +15,8 @@ from batchnorm.checks.rules.state import initial
 from batchnorm.checks.subject import Training
 from batchnorm.kernels.native import transformed
 from batchnorm.model.discovery import SYNCHRONISED, Norm, batch_norms
-from batchnorm.model.freezing import SET_ASIDE
 from batchnorm.model.recalibration import Moments
+from batchnorm.variants.variant import SET_ASIDE
 
 KEPT = 4  # looks that count, the last ones
 UPDATED = (True, True)  # a call that updated the statistics, with gradients

@@ -20,8 +20,11 @@ from batchnorm.lab.note import NoteBatchNorm
 from batchnorm.model import conversion
 from batchnorm.model.conversion import replace
 from batchnorm.model.discovery import activation_of, batch_norms
+from batchnorm.variants.estimators import EstimatorBatchNorm
+from batchnorm.variants.frozen import FrozenBatchNorm
 from batchnorm.variants.ghost import GhostBatchNorm
 from batchnorm.variants.renorm import RenormBatchNorm
+from batchnorm.variants.split import SplitBatchNorm
 
 Arm = Callable[[_BatchNorm], nn.Module]
 
@@ -120,14 +123,40 @@ def batch_population(layer: _BatchNorm) -> nn.Module:
     return PopulationNorm(batch(layer))  # type: ignore[arg-type]  # of this library's classes
 
 
-def ghost(layer: _BatchNorm) -> nn.Module:
-    """Ghost batch normalization: the statistics of 32 samples each."""
-    return GhostBatchNorm.of(layer, ghost_size=32)
+GHOST_SIZE = 32
+
+
+def ghost(layer: _BatchNorm, ghost_size: int = GHOST_SIZE) -> nn.Module:
+    """Ghost batch normalization: the statistics of so many samples each."""
+    return GhostBatchNorm.of(layer, ghost_size=ghost_size)
 
 
 def renorm(layer: _BatchNorm) -> nn.Module:
     """Batch renormalization, its schedule a 25th of the paper's: comparisons have fewer steps."""
     return RenormBatchNorm.of(layer, warmup=200, r_steps=1_600, d_steps=1_000)
+
+
+def estimator(layer: _BatchNorm) -> nn.Module:
+    """Batch normalization with debiased running averages: comparisons are short."""
+    return EstimatorBatchNorm.of(layer, average="debiased")
+
+
+def frozen(layer: _BatchNorm) -> nn.Module:
+    """The affine map of the network's own statistics, all of it constant."""
+    made = FrozenBatchNorm(layer.num_features, layer.eps, dtype=_dtype(layer))
+    known = {name: value for name, value in layer.state_dict().items() if name in made._buffers}  # noqa: SLF001  # torch's
+    made.load_state_dict(made.state_dict() | known)
+    return made
+
+
+def split(layer: _BatchNorm) -> nn.Module:
+    """Split batch normalization; a comparison trains its first domain, which then is `batch`."""
+    return SplitBatchNorm.of(layer, shared=True)
+
+
+def sync(layer: _BatchNorm) -> nn.Module:
+    """Synchronised batch normalization; in the one process of a comparison it is `batch`."""
+    return _twin(layer, batchnorm.SyncBatchNorm)
 
 
 ARMS: dict[str, Arm] = {
@@ -141,10 +170,14 @@ ARMS: dict[str, Arm] = {
     "batch-population": batch_population,
     "ghost": ghost,
     "renorm": renorm,
+    "estimator": estimator,
+    "frozen": frozen,
+    "split": split,
+    "sync": sync,
 }
 
 
-def apply(model: nn.Module, arm: str) -> tuple[nn.Module, list[str]]:
+def apply(model: nn.Module, arm: str, ghost_size: int = GHOST_SIZE) -> tuple[nn.Module, list[str]]:
     """Put an arm into a model, in place; return the model and the names of the places."""
     places = [
         name if isinstance(activation_of(layer), nn.Identity) else f"{name}.norm"
@@ -155,12 +188,13 @@ def apply(model: nn.Module, arm: str) -> tuple[nn.Module, list[str]]:
             f"the network ({type(model).__name__}) has no batch-norm layer, so there is nothing to "
             "compare. Put torch.nn.BatchNorm1d/2d/3d where the arms should go."
         )
-    return replace(model, partial(_in_the_place_of, arm)), places
+    make = partial(ghost, ghost_size=ghost_size) if arm == "ghost" else ARMS[arm]
+    return replace(model, partial(_in_the_place_of, make)), places
 
 
-def _in_the_place_of(arm: str, layer: _BatchNorm) -> nn.Module:
+def _in_the_place_of(make: Arm, layer: _BatchNorm) -> nn.Module:
     """The arm's layer; an activation that belonged to the old one stays behind it."""
-    made, activation = ARMS[arm](layer), activation_of(layer)
+    made, activation = make(layer), activation_of(layer)
     made.train(layer.training)
     if isinstance(activation, nn.Identity):
         return made

@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from batchnorm import kernels
 from batchnorm.lab.batches import Batch
 from batchnorm.lab.record import LayerStatistics
+from batchnorm.model.discovery import constant_norms
 from batchnorm.model.recalibration import Collector
 
 
@@ -51,10 +52,12 @@ def population_statistics(
     Yields whether the model has running statistics at all. The note's layer, which is no
     `_BatchNorm` of torch's, counts as well.
     """
+    constants = set(constant_norms(model).values())
     layers = [
         module
         for module in model.modules()
         if getattr(module, "running_mean", None) is not None
+        and module not in constants
         and not isinstance(module, _InstanceNorm)  # its statistics are those of single images
     ]
     if not layers:

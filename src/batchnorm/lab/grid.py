@@ -137,7 +137,13 @@ def check(config: CellConfig) -> None:
         value = getattr(config, name)
         if value not in known:
             raise BatchNormError(f"{name} is {value!r} and should be one of {', '.join(known)}.")
-    for name in ("epochs", "evaluations_per_epoch", "recalibration_images", "threads"):
+    for name in (
+        "epochs",
+        "evaluations_per_epoch",
+        "recalibration_images",
+        "threads",
+        "ghost_size",
+    ):
         _at_least(config, name, 1)
     if config.threads > MOST_THREADS:
         raise BatchNormError(f"threads is {config.threads} and should be at most {MOST_THREADS}.")

@@ -21,7 +21,7 @@ from batchnorm.errors import BatchNormError
 FORMAT = 1
 CELLS = "cells"
 # fields of a configuration that were added to FORMAT 1, and the value that changes nothing
-ADDED = {"held_out_images": 0, "test_images": None}
+ADDED = {"held_out_images": 0, "test_images": None, "ghost_size": 32}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class CellConfig:
     threads: int = 2
     held_out_images: int = 0  # the last N training images: not trained on, for choices
     test_images: int | None = None  # the first N; None: all of them
+    ghost_size: int = 32  # samples in a ghost batch of the arm ghost
 
     @property
     def hash(self) -> str:

@@ -140,7 +140,7 @@ def _prepare(
         with evaluating(model):
             model(inputs)
     networks.initialize(model, config.initialization)
-    model, places = arms.apply(model, config.arm)
+    model, places = arms.apply(model, config.arm, config.ghost_size)
     model.to(config.device)
     decay = {"weight_decay": config.weight_decay}
     if config.optimizer == "sgd":

@@ -32,6 +32,7 @@ class Changes:
     operation: str
     entries: list[Change]
     facts: dict[str, Any] = field(default_factory=dict)  # numbers of the whole operation
+    note: str = ""  # what the user has to do now
 
     @property
     def done(self) -> list[Change]:
@@ -50,7 +51,8 @@ class Changes:
         if not self.entries:
             return f"{self.operation}: no such batch norm in the model, nothing to do"
         left = f", {len(self.left)} left" if self.left else ""
-        return f"{self.operation}: {len(self.done)} layers{left}"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.operation}: {len(self.done)} layers{left}{note}"
 
 
 def _short(value: Any) -> str:
@@ -60,12 +62,14 @@ def _short(value: Any) -> str:
 _ACCOUNTS: WeakKeyDictionary[nn.Module, Changes] = WeakKeyDictionary()
 
 
-def record(model: nn.Module, operation: str, entries: Iterable[Change], **facts: Any) -> nn.Module:
+def record(
+    model: nn.Module, operation: str, entries: Iterable[Change], *, note: str = "", **facts: Any
+) -> nn.Module:
     """Keep the account, say it in a line, and return the model."""
-    account = Changes(operation, list(entries), facts)
+    account = Changes(operation, list(entries), facts, note)
     _ACCOUNTS[model] = account
-    nothing = not account.done
-    log.log(logging.WARNING if nothing else logging.INFO, "%s", account.headline)
+    told = bool(note) or not account.done
+    log.log(logging.WARNING if told else logging.INFO, "%s", account.headline)
     return model
 
 

@@ -45,7 +45,8 @@ def accumulate(
         micro_batches: of any sizes, in any form that loss_fn takes.
 
     Returns:
-        The sum, with the graph of all micro-batches: call `backward()` on it once.
+        The sum, with the graph of all micro-batches: call `backward()` on it once. Under torch.no_grad
+        the number alone.
 
     Raises:
         BatchNormError: no micro-batch; micro-batches that call different norms; a loss that is no
@@ -140,7 +141,7 @@ def _meet(
     mask: Tensor | None = None,
     axis: int = 1,
 ) -> Tensor:
-    _refuse_what_is_not_joined(name, mask)
+    _refuse_what_is_not_joined(name, mask, lockstep.gradients)
     layer._check_input_dim(x)  # noqa: SLF001  # torch has no public way
     check_channels(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, axis)
     if residual is None:
@@ -155,7 +156,7 @@ def _meet_and_activate(lockstep: Lockstep, name: str, layer: Any, x: Tensor) -> 
     return activation_of(layer)(_meet(lockstep, name, layer, x))
 
 
-def _refuse_what_is_not_joined(name: str, mask: Tensor | None) -> None:
+def _refuse_what_is_not_joined(name: str, mask: Tensor | None, gradients: bool) -> None:
     if mask is not None:
         raise BatchNormError(
             f"accumulate: {name!r} is called with a mask, which is not joined over micro-batches. "
@@ -163,9 +164,10 @@ def _refuse_what_is_not_joined(name: str, mask: Tensor | None) -> None:
         )
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # noqa: SLF001  # torch has no public way
     inside = hooks is not None and "_checkpoint_hook" in hooks[0].__qualname__
-    if inside or not torch.is_grad_enabled():
+    if inside or (gradients and not torch.is_grad_enabled()):
+        where = "" if inside else " (use_reentrant=True), or under a torch.no_grad of loss_fn's own"
         raise BatchNormError(
-            f"accumulate: {name!r} is called inside a checkpoint, whose recomputation would be alone "
-            "with one micro-batch, or without gradients. accumulate computes again by itself: take "
-            "the checkpoint out."
+            f"accumulate: {name!r} is called inside a checkpoint{where}: its recomputation would be "
+            "alone with one micro-batch. accumulate computes again by itself: take that out, or put "
+            "torch.no_grad around accumulate."
         )

@@ -1,7 +1,7 @@
 """Put other layers in the place of a model's batch normalization."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm import layers
 from batchnorm.errors import BatchNormError
-from batchnorm.model import account, fusion
+from batchnorm.model import account, choices, fusion
 from batchnorm.model.account import Change
 from batchnorm.model.discovery import (
     Norm,
@@ -65,8 +65,9 @@ def convert(
     """Put another kind of layer in the place of each batch norm, in place; return the model.
 
     The new layers hold the same Parameter and buffer objects, so that an optimizer made before
-    still trains them, and the old one's mode and hooks. A layer shared under several names stays
-    shared.
+    still trains them, and the old one's mode and hooks, and what was chosen for it: `freeze`,
+    `keep_float32`, `single_values`. A layer shared under several names stays shared. A split norm's
+    further domains have parameters of their own, which such an optimizer does not know.
 
     Args:
         model: any model with batch norm in it.
@@ -76,14 +77,16 @@ def convert(
             (statistics of each sample; weight and bias are kept), "frozen" (as `freeze` does, weight
             and bias, too), a member of the family: "ghost", "renorm", "split" or "estimator" (the
             same outputs in evaluation), or "none". From a member "ours" and "torch" lead back; of a
-            split one the domain that is on is kept.
+            split one the domain that is on is kept, but "sync" and "frozen" are of every domain.
         pattern: which layers, by name, with * and ?; or several patterns.
         fuse: with "ours": let each layer also do the activation, or the residual sum and the
             activation, that stand behind it in its block's forward. Classes, modules, names and
             hooks stay; in training and in evaluation the outputs are the same. What the traced
             graph does not prove safe stays as it is. `convert(model, to="torch")` undoes it.
         process_group: with "sync": the processes whose batch is one; None: all.
-        options: of the family's members: ghost_size=, r_max=, domains= and so on.
+        options: of the family's members: ghost_size=, r_max=, domains= and so on; of "renorm"
+            momentum=, too. Else the layer's momentum and its count of batches are kept: the warm-up
+            of a trained model is behind it.
 
     Returns:
         The model; where it is a batch norm itself, the new layer. `changes` of it names what was
@@ -98,7 +101,11 @@ def convert(
     made: dict[nn.Module, nn.Module] = {}
     why: dict[nn.Module, str] = {}
     norms = _places(model, to)
-    wanted = {name: layer for name, layer in norms.items() if fits(name, pattern)}
+    wanted = {
+        name: layer
+        for name, layer in norms.items()
+        if fits(name, pattern) or fits(name.partition(".domains.")[0], pattern)
+    }
     for layer in wanted.values():
         try:
             made[layer] = _converted(layer, to, options)
@@ -115,10 +122,51 @@ def convert(
             entries.append(Change(name, done=False, what=why[layer]))
         else:
             more = "".join(f", with {each}" for each in taken.get(made[layer], []))
-            what = f"is now a {type(made[layer]).__name__}{more}"
+            what = f"is now a {type(made[layer]).__name__}{more}{_told(layer, made[layer])}"
             entries.append(Change(name, done=True, what=what))
-    return account.record(
-        model, "convert", entries, to=to, **({"fused": len(taken)} if fuse else {})
+    facts = {"to": to, **({"fused": len(taken)} if fuse else {})}
+    return account.record(model, "convert", entries, note=_new_parameters(made.values()), **facts)
+
+
+def _told(layer: nn.Module, new: nn.Module) -> str:
+    """What else the user should know of a converted layer."""
+    told = ""
+    if any(isinstance(norm, Frozen) for norm in batch_norms(new).values()):
+        told += ", frozen"
+    if isinstance(layer, FrozenBatchNorm) and isinstance(new, nn.BatchNorm2d):
+        told += ", for (N, C, H, W)"
+    if isinstance(layer, SplitBatchNorm) and len(layer.domains) > 1:
+        gone = [name for name in layer.domains if name != layer.domain]
+        told += f", of the domain {layer.domain!r}; without {', '.join(gone)}"
+    if isinstance(new, RenormBatchNorm):
+        told += _renorm_told(new)
+    if _own_parameters(new):
+        told += f"; the parameters of {', '.join(list(new.domains)[1:])} are new"  # type: ignore[arg-type]
+    return told
+
+
+def _renorm_told(new: RenormBatchNorm) -> str:
+    if new.num_batches_tracked is None:
+        return ""
+    seen = int(new.num_batches_tracked)
+    told = f", {max(new.warmup - seen, 0)} batches of warm-up after {seen}, momentum {new.momentum}"
+    return told if new.momentum == PAPER else f"{told} (the paper's: momentum={PAPER})"
+
+
+def _own_parameters(new: nn.Module) -> list[nn.Parameter]:
+    """Of a split norm, those of all domains but the first, which no optimizer knows."""
+    if not isinstance(new, SplitBatchNorm) or new.shared:
+        return []
+    return [p for norm in list(new.domains.values())[1:] for p in norm.parameters()]
+
+
+def _new_parameters(made: Iterable[nn.Module]) -> str:
+    count = sum(len(_own_parameters(new)) for new in set(made))
+    if not count:
+        return ""
+    return (
+        f"{count} parameters of further domains are new, and no optimizer made before knows them: make "
+        "it anew, or optimizer.add_param_group"
     )
 
 
@@ -146,8 +194,9 @@ def _name(
 
 
 def _places(model: nn.Module, to: str) -> dict[str, nn.Module]:
-    """What is converted, by name: a split norm as a whole, but for a freeze, which is each domain's."""
-    splits = {m for m in model.modules() if isinstance(m, SplitBatchNorm) and to != "frozen"}
+    """What is converted, by name: a split norm as a whole, unless the kind can be each domain's."""
+    each = to in {"frozen", "sync"}
+    splits = {m for m in model.modules() if isinstance(m, SplitBatchNorm) and not each}
     inside = {part for split in splits for part in split.domains.modules()}
     norms = {*batch_norms(model).values(), *constant_norms(model).values(), *splits} - inside
     return {name: module for name, module in model.named_modules() if module in norms}
@@ -171,14 +220,30 @@ def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module
 
 
 def _converted(layer: Any, to: str, options: dict[str, Any]) -> nn.Module:
+    """The layer in the other kind, with what was chosen for it: freezing, float32, single values."""
+    norm = layer.norm if isinstance(layer, SplitBatchNorm) else layer
+    if isinstance(norm, Norm) and to == "frozen":
+        return _to_frozen(norm)
+    if isinstance(norm, Frozen) and to in PER_SAMPLE:
+        raise _Left("frozen, and what it would become has no running statistics: unfreeze it first")
+    chosen = choices.take_off(norm)
+    try:
+        made = _without_choices(layer, to, options)
+    except Exception:
+        choices.put_on(norm, chosen)
+        raise
+    for each in batch_norms(made).values():
+        choices.put_on(each, chosen)
+    return made
+
+
+def _without_choices(layer: Any, to: str, options: dict[str, Any]) -> nn.Module:
     if isinstance(layer, SplitBatchNorm):
+        if to == "split":
+            raise _Left(f"a SplitBatchNorm already, with the domains {', '.join(layer.domains)}")
         layer = _without_domains(layer)
     if not isinstance(layer, Norm):
         return _from_constants(layer, to)
-    if isinstance(layer, Frozen):
-        raise _Left("frozen: unfreeze it first")
-    if to == "frozen":
-        return KINDS[to](layer)
     plain = _plain(layer, layer.ranks) if isinstance(layer, Variant) else layer
     return _from_plain(plain, to, options)
 
@@ -216,8 +281,6 @@ def _without_domains(split: SplitBatchNorm) -> Any:
     """The layer of the domain that is on."""
     if not isinstance(split.norm, Norm):
         raise _Left(f"its domain {split.domain!r} is a {type(split.norm).__name__}")
-    if isinstance(split.norm, Frozen):
-        return split.norm
     made = _plain(split.norm, split.ranks)
     for hooks in HOOKS:
         setattr(made, hooks, getattr(split, hooks))
@@ -288,10 +351,9 @@ def _from_constants(constants: Any, to: str) -> nn.Module:
         raise _Left(f"a {type(constants).__name__}: its statistics are constants")
     if not isinstance(activation_of(constants), nn.Identity):
         raise _Left(f"a {type(constants).__name__} with an activation of its own")
+    # torch.nn has a layer for each rank, and what has such constants works on images
     kind: Any = nn.BatchNorm2d if to == "torch" else layers.BatchNorm2d
-    if isinstance(constants, FrozenBatchNorm):
-        if to == "torch":
-            raise _Left("of any rank, and torch.nn has a layer for each")
+    if isinstance(constants, FrozenBatchNorm) and to != "torch":
         kind = layers.BatchNorm
     norm = kind(len(constants.running_mean), getattr(constants, "eps", 1e-5), device="meta")
     for name in ("weight", "bias"):
@@ -343,6 +405,8 @@ def _per_sample(layer: _BatchNorm, groups: int) -> nn.Module:
     return norm
 
 
+PAPER = 0.01  # the momentum of Ioffe 2017
+PER_SAMPLE = {"group", "layer", "instance", "none"}  # no running statistics
 FAMILY: dict[str, Any] = {
     "ghost": GhostBatchNorm,
     "renorm": RenormBatchNorm,

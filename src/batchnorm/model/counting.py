@@ -107,8 +107,11 @@ class _Gathered:
             return
         own = dict(layer.named_buffers(recurse=False))
         self._own.append((own, layer.momentum, count))
+        # a synchronised one learns in the call that it may have to use its running statistics
+        copied = isinstance(layer, SyncBatchNorm)
         for name, buffer in own.items():
-            setattr(layer, name, torch.zeros_like(buffer))
+            lent = torch.clone if copied and buffer.is_floating_point() else torch.zeros_like
+            setattr(layer, name, lent(buffer))
         layer.momentum = 1.0  # what it writes is the batch's
 
     def take(self, layer: Any, *_: Any) -> None:

@@ -9,12 +9,13 @@ A layer as torch makes it has use=False, update=True. `freeze` sets use=True, up
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from batchnorm import masks
 from batchnorm.errors import BatchNormError
@@ -29,6 +30,7 @@ from batchnorm.model.discovery import (
     refuse_no_model,
 )
 from batchnorm.model.mixing import Mixin, mix, unmix
+from batchnorm.variants.variant import SET_ASIDE, refuse_recomputation
 
 METADATA = "batchnorm.frozen"  # the key in a state dict's metadata
 
@@ -59,6 +61,7 @@ class Frozen(Mixin, _NormBase):
         if not (self._asked_to_train and moves):  # no_update sets track_running_stats, too
             unmoved: Tensor = super().forward(input, *args, **kwargs)
             return unmoved
+        refuse_recomputation(self)
         mean, var = self.running_mean, self.running_var
         assert mean is not None  # noqa: S101  # a layer without statistics is not frozen
         assert var is not None  # noqa: S101
@@ -78,9 +81,9 @@ class Frozen(Mixin, _NormBase):
             return  # one value has no variance
         momentum = self.momentum
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+            self.num_batches_tracked.add_(masks.moves(x, keep))
             if momentum is None:
-                momentum = 1 / int(self.num_batches_tracked)
+                momentum = 1 / max(int(self.num_batches_tracked), 1)
         share = 0.0 if momentum is None else momentum
         masks.update_running(mean, var, *verbs.moments(x, keep), share)
 
@@ -154,7 +157,7 @@ def unfreeze(model: nn.Module, pattern: str | Sequence[str] = "*") -> nn.Module:
     entries = []
     for name, layer in matching(model, pattern):
         done = isinstance(layer, Frozen)
-        _thaw(layer)
+        thaw(layer)
         entries.append(Change(name, done=done, what="unfrozen" if done else "was not frozen"))
     return account.record(model, "unfreeze", entries)
 
@@ -209,9 +212,6 @@ def no_update(model: nn.Module) -> Iterator[nn.Module]:
             layer.track_running_stats = tracked
 
 
-SET_ASIDE: set[nn.Module] = set()  # the layers whose statistics are a copy at the moment
-
-
 def update_once(
     model: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -222,24 +222,35 @@ def update_once(
 
         checkpoint(block, x, use_reentrant=False, context_fn=lambda: update_once(block))
 
-    The recomputation works on copies of the statistics, so that it saves what the first pass saved.
+    The recomputation works on copies of the statistics as the first pass met them, so that it gives and
+    saves what the first pass did, also where a layer uses its running statistics while they move
+    (`RenormBatchNorm`, `freeze(update=True)`).
 
     Returns:
-        Two context managers, as `context_fn` wants them.
+        Two context managers, as `context_fn` wants them: of one pass, for it and its recomputation.
     """
     refuse_no_model(model, "update_once")
-    return nullcontext(), _set_aside(model)
+    met: dict[nn.Module, dict[str, Tensor]] = {}
+    return _remembered(model, met), _set_aside(model, met)
 
 
 @contextmanager
-def _set_aside(model: nn.Module) -> Iterator[None]:
+def _remembered(model: nn.Module, met: dict[nn.Module, dict[str, Tensor]]) -> Iterator[None]:
+    for layer in batch_norms(model).values():
+        own = layer.named_buffers(recurse=False)
+        met[layer] = {name: buffer.clone() for name, buffer in own if not is_lazy(buffer)}
+    yield
+
+
+@contextmanager
+def _set_aside(model: nn.Module, met: dict[nn.Module, dict[str, Tensor]]) -> Iterator[None]:
     layers = {m for m in batch_norms(model).values() if m not in SET_ASIDE}
     before = {layer: dict(layer.named_buffers(recurse=False)) for layer in layers}
     try:
         SET_ASIDE.update(layers)
         for layer, buffers in before.items():
             for name, buffer in buffers.items():
-                setattr(layer, name, buffer.clone())
+                setattr(layer, name, met.get(layer, {}).get(name, buffer).clone())
         yield
     finally:
         for layer, buffers in before.items():
@@ -255,7 +266,7 @@ def moves_while_frozen(layer: nn.Module) -> bool:
 
 def freeze_layer(layer: Norm, *, use: bool, update: bool, parameters: bool) -> Norm:
     """Freeze one layer, in place; see `freeze`."""
-    _thaw(layer)
+    thaw(layer)
     affine = (layer.weight, layer.bias)
     required_grad = tuple(None if p is None else p.requires_grad for p in affine)
     training = layer.training
@@ -271,7 +282,8 @@ def freeze_layer(layer: Norm, *, use: bool, update: bool, parameters: bool) -> N
     return layer.train(training)
 
 
-def _thaw(layer: Norm) -> None:
+def thaw(layer: Norm) -> None:
+    """Undo `freeze_layer`; nothing, where a layer is not frozen."""
     if not isinstance(layer, Frozen):
         return
     switches, training = layer._switches, layer._asked_to_train  # noqa: SLF001  # our own

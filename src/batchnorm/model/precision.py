@@ -5,18 +5,17 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.model import account
 from batchnorm.model.account import Change
-from batchnorm.model.discovery import Norm, matching, refuse_no_model
+from batchnorm.model.discovery import Norm, constant_norms, fits, matching, refuse_no_model
 from batchnorm.model.mixing import Mixin, mix, unmix
-from batchnorm.variants.variant import Variant
+from batchnorm.variants.frozen import FrozenBatchNorm
 
 HALVES = {torch.float16, torch.bfloat16}
 
 
-class Float32(Mixin, _BatchNorm):
+class Float32(Mixin):
     """A mixin, put before a layer's own class: casts to half precision pass its tensors by."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -49,12 +48,18 @@ def keep_float32(
     """
     refuse_no_model(model, "keep_float32")
     entries = [Change(name, **_set(layer, keep)) for name, layer in matching(model, pattern)]
+    for name, constants in constant_norms(model).items():
+        if not fits(name, pattern):
+            continue
+        if isinstance(constants, FrozenBatchNorm):
+            entries.append(Change(name, **_set(constants, keep)))
+        else:  # which may not take an input of another dtype
+            what = f"a {type(constants).__name__}, which follows casts"
+            entries.append(Change(name, done=False, what=what))
     return account.record(model, "keep_float32", entries)
 
 
-def _set(layer: Norm, keep: bool) -> dict[str, Any]:
-    if isinstance(layer, Variant):
-        return {"done": False, "what": f"a {type(layer).__name__}, which follows casts"}
+def _set(layer: Norm | FrozenBatchNorm, keep: bool) -> dict[str, Any]:
     if keep == isinstance(layer, Float32):
         return {"done": False, "what": f"{'stayed' if keep else 'did not stay'} in float32 already"}
     if not keep:

@@ -4,27 +4,37 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from batchnorm.errors import BatchNormError
 from batchnorm.model import account
 from batchnorm.model.account import Change, log
-from batchnorm.model.discovery import SYNCHRONISED, Norm, matching, refuse_no_model
+from batchnorm.model.discovery import Norm, matching, refuse_no_model
 from batchnorm.model.mixing import Mixin, mix, unmix
-from batchnorm.variants.variant import Variant
+from batchnorm.variants.sync import OneValue, SyncBatchNorm, several
 
 
-class Lenient(Mixin, _BatchNorm):
+class Lenient(Mixin, _NormBase):
     """A mixin, put before a layer's own class: a single value takes the running statistics."""
 
     _single: str | None  # the layer's name, until it has been said
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Normalize; one value per channel as in evaluation."""
-        several = not isinstance(input, Tensor) or input.numel() != self.num_features
-        if several or not self.training:
+        one = isinstance(input, Tensor) and input.numel() == self.num_features
+        # of a synchronised layer all processes find it together, after they have said what they hold;
+        # and in an accumulate, which stands in for `normalize`, the micro-batches
+        together = isinstance(self, SyncBatchNorm) and several(self.process_group)
+        together = together or "normalize" in vars(self)
+        if self.training and one and not together:
+            return self._evaluate(input, *args, **kwargs)
+        try:
             y: Tensor = super().forward(input, *args, **kwargs)
-            return y
+        except OneValue:
+            return self._evaluate(input, *args, **kwargs)
+        return y
+
+    def _evaluate(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._single is not None:
             log.warning(
                 "%s: one value per channel in training, shape %s; normalized with the running "
@@ -35,7 +45,7 @@ class Lenient(Mixin, _BatchNorm):
             self._single = None
         self.training = False
         try:
-            y = super().forward(input, *args, **kwargs)
+            y: Tensor = super().forward(input, *args, **kwargs)
         finally:
             self.training = True
         return y
@@ -49,7 +59,8 @@ def single_values(
         y = (x − running_mean) / √(running_var + eps) · weight + bias
 
     in place of torch's error. The running statistics stay as they are. It is said once a layer. The
-    gradient is that of evaluation: the statistics are constants.
+    gradient is that of evaluation: the statistics are constants. The family's members do so, too; of
+    a `SyncBatchNorm` it is the one value that all processes have together.
 
     Args:
         model: any model with batch norm in it.
@@ -76,11 +87,9 @@ def single_values(
 
 
 def _set(name: str, layer: Norm, *, lenient: bool) -> dict[str, Any]:
-    if isinstance(layer, Variant):
-        return {"done": False, "what": f"a {type(layer).__name__}, which has a rule of its own"}
     if layer.running_mean is None:
         return {"done": False, "what": "keeps no running statistics to use"}
-    if isinstance(layer, SYNCHRONISED):
+    if isinstance(layer, nn.SyncBatchNorm):
         return {"done": False, "what": "takes the values of all processes"}
     if lenient == isinstance(layer, Lenient):
         return {"done": False, "what": "did so already"}

@@ -183,6 +183,7 @@ class Lockstep:
     failure: BaseException | None = None
     changed: threading.Condition = field(default_factory=threading.Condition)
     here: threading.local = field(default_factory=threading.local)
+    gradients: bool = field(default_factory=torch.is_grad_enabled)  # of whoever starts the threads
 
     def run(self, place: int, work: Callable[[], None]) -> None:
         """The life of a thread."""

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from batchnorm import masks
 from batchnorm.errors import BatchNormError
 from batchnorm.variants.variant import Variant
 
@@ -82,15 +83,21 @@ class EstimatorBatchNorm(Variant):
             )
         self.unbiased, self.average = unbiased, average
 
-    def train_on(self, x: Tensor) -> Tensor:
+    def train_on(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """Batch normalization; then the statistics."""
         if not (self.updates and x.numel()):
-            return self.normalize(x, None, None, by_batch=True)
+            return self.normalize(x, None, None, by_batch=True, keep=keep)
         mean, var_unbiased = (torch.zeros_like(running) for running in self.running())
         # momentum 1: what comes back in the buffers is the batch's statistics alone
-        y = self.normalize(x, mean, var_unbiased, by_batch=True, momentum=1.0)
-        values = x[:, :1].numel()
-        self.move(mean, var_unbiased * (1 if self.unbiased else (values - 1) / values))
+        y = self.normalize(x, mean, var_unbiased, by_batch=True, momentum=1.0, keep=keep)
+        if keep is None:
+            values = x[:, :1].numel()
+            self.move(mean, var_unbiased * (1 if self.unbiased else (values - 1) / values))
+            return y
+        count = masks.count(keep).to(mean)  # integers would be divided in float32
+        bessel = 1 if self.unbiased else (count - 1).clamp(min=1) / count.clamp(min=1)
+        with self.moving_where(count > 1):
+            self.move(mean, var_unbiased * bessel)
         return y
 
     def share(self) -> Tensor | float:

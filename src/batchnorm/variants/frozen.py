@@ -55,14 +55,17 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros_like(ones))
         self.register_buffer("running_var", ones - eps)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize input: (N, C, *spatial)."""
+    def forward(self, input: Tensor, mask: Tensor | None = None, axis: int = 1) -> Tensor:
+        """Normalize input: (N, C, *spatial).
+
+        mask: True where a value counts; axis: where the channels stand. See `batchnorm.batch_norm`.
+        """
         if isinstance(input, fx.Proxy):
-            leaf: Tensor = as_leaf(self, input)
+            leaf: Tensor = as_leaf(self, input, mask, axis)
             return leaf
         check_rank(self, input, ())
-        mean, var = self.running_mean, self.running_var
-        return batch_norm(input, mean, var, self.weight, self.bias, eps=self.eps)
+        state = (self.running_mean, self.running_var, self.weight, self.bias)
+        return batch_norm(input, *state, eps=self.eps, mask=mask, axis=axis)
 
     def _load_from_state_dict(
         self,

@@ -76,8 +76,14 @@ class GhostBatchNorm(Variant):
             )
         self.ghost_size = ghost_size
 
-    def train_on(self, x: Tensor) -> Tensor:
+    def train_on(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """Each group by itself; the statistics of all towards the running ones."""
+        if keep is not None:
+            raise BatchNormError(
+                "GhostBatchNorm got a mask in training and takes one in evaluation alone: its groups "
+                "would have different counts of values, and some none. Pass no mask, or convert the "
+                'layer: batchnorm.convert(model, "ours").'
+            )
         groups = max(1, len(x) // self.ghost_size)
         if groups > 1 and math.prod(x.shape[2:], start=len(x) // groups) == 1:
             raise BatchNormError(

@@ -1,12 +1,17 @@
 """Batch renormalization: training that normalizes almost as evaluation does."""
 
+from contextlib import nullcontext
+from typing import Any, Self
+
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
-from batchnorm import kernels
+from batchnorm import kernels, masks
 from batchnorm.errors import BatchNormError
 from batchnorm.functional import batch_norm
-from batchnorm.variants.variant import Variant
+from batchnorm.kernels import verbs
+from batchnorm.variants.variant import Variant, refuse_recomputation
 
 
 class RenormBatchNorm(Variant):
@@ -86,26 +91,39 @@ class RenormBatchNorm(Variant):
         self.r_max, self.d_max = r_max, d_max
         self.warmup, self.r_steps, self.d_steps = warmup, r_steps, d_steps
 
+    @classmethod
+    def of(cls, norm: _NormBase, **options: Any) -> Self:
+        """In the place of a norm, whose momentum and count of batches it keeps unless told otherwise."""
+        momentum = options.pop("momentum", norm.momentum)
+        made = super().of(norm, **options)
+        made.momentum = momentum
+        return made
+
     def limits(self) -> tuple[Tensor, Tensor]:
         """r_limit and d_limit for the next batch: scalars on the layer's device."""
         seen = self.seen()
         r_limit = 1 + (self.r_max - 1) * _progress(seen, self.warmup, self.r_steps)
         return r_limit, self.d_max * _progress(seen, self.warmup, self.d_steps)
 
-    def train_on(self, x: Tensor) -> Tensor:
+    def train_on(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """One sweep for the moments, one for the rest, with r and d in weight and bias."""
         if x[:, :1].numel() < 2:  # batch_norm says what one value, or none, makes of it
-            return self.normalize(x, None, None, by_batch=True)
+            return self.normalize(x, None, None, by_batch=True, keep=keep)
+        if self.updates:
+            refuse_recomputation(self)
         with torch.no_grad():
-            mean, var = kernels.moments(x)
+            mean, var = kernels.moments(x) if keep is None else _masked_moments(x, keep)
             r, d = self._correction(mean, var)
         weight = r if self.weight is None else r * self.weight
         bias = d if self.weight is None else d * self.weight
         bias = bias if self.bias is None else bias + self.bias
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        y = batch_norm(x, None, None, weight.to(wide), bias.to(wide), training=True, eps=self.eps)
+        affine = weight.to(wide), bias.to(wide)
+        y = batch_norm(x, None, None, *affine, training=True, eps=self.eps, mask=keep)
         if self.updates:
-            self._move(mean, var)
+            known = None if keep is None else masks.count(keep) > 1
+            with nullcontext() if known is None else self.moving_where(known):
+                self._move(mean, var)
         return y
 
     def _correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,6 +147,12 @@ class RenormBatchNorm(Variant):
         step = share * (var - old_var) / ((var + self.eps).sqrt() + sigma)
         running_mean.copy_(running_mean.to(mean).lerp(mean, share))
         running_var.copy_(old_var + step * (2 * sigma + step))
+
+
+def _masked_moments(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the values that count."""
+    count, mean, squares = verbs.moments(x, keep)
+    return mean, squares / count.clamp(min=1)
 
 
 def _progress(seen: Tensor, start: int, end: int) -> Tensor:

@@ -96,13 +96,18 @@ class SplitBatchNorm(nn.Module):
         """The layer of the domain that is switched on: a `BatchNorm`, or what has replaced it."""
         return self.domains[self.domain]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize input: (N, C, *spatial), by the domain that is switched on."""
+    def forward(self, input: Tensor, mask: Tensor | None = None, axis: int = 1) -> Tensor:
+        """Normalize input: (N, C, *spatial), by the domain that is switched on.
+
+        mask: True where a value counts; axis: where the channels stand. See `batchnorm.batch_norm`.
+        """
         if isinstance(input, fx.Proxy):
-            leaf: Tensor = as_leaf(self, input)
+            leaf: Tensor = as_leaf(self, input, mask, axis)
             return leaf
         check_rank(self, input, self.ranks)
-        y: Tensor = self.norm(input)
+        # what has replaced a domain's norm may know neither
+        options = ({} if mask is None else {"mask": mask}) | ({} if axis == 1 else {"axis": axis})
+        y: Tensor = self.norm(input, **options)
         return y
 
     def _share(self) -> None:

@@ -107,6 +107,8 @@ class SyncBatchNorm(Forward):
             x, self.weight, self.bias, keep, self.eps, partial(self._exchange, self._calls)
         )
         self._calls += 1
+        if keep is None and x.numel() <= x.shape[1]:  # no process waits that has values enough
+            _refuse_one_value(self.label, input, count)
         self.count = count  # of the values that the statistics are of
         if self.track_running_stats:
             self._update(count, mean, squares)
@@ -117,9 +119,9 @@ class SyncBatchNorm(Forward):
     def _update(self, count: Tensor, mean: Tensor, squares: Tensor) -> None:
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+            self.num_batches_tracked.add_((count > 1).any())  # no batch that moves nothing
             if self.momentum is None:
-                momentum = self.num_batches_tracked.double().reciprocal()
+                momentum = self.num_batches_tracked.double().clamp(min=1).reciprocal()
         masks.update_running(self.running_mean, self.running_var, count, mean, squares, momentum)
 
     def _exchange(self, call: int, direction: str, mine: Tensor) -> Tensor:
@@ -185,6 +187,20 @@ def plain(layer: SyncBatchNorm) -> _BatchNorm:
         delattr(layer, name)
     layer.__class__ = before  # type: ignore[assignment]  # it was one
     return layer
+
+
+class OneValue(BatchNormError):  # noqa: N818  # what was found
+    """All processes together have one value per channel; each of them finds so."""
+
+
+def _refuse_one_value(label: str, x: Tensor, count: Tensor) -> None:
+    if count.numel() and int(count[0]) == 1:
+        raise OneValue(
+            "Expected more than 1 value per channel when training, got one in all processes "
+            f"together, here an input of shape {tuple(x.shape)}, in SyncBatchNorm {label!r}. One "
+            "value has no variance: use a larger batch (drop_last=True if this is the last one), or "
+            "the running statistics, batchnorm.single_values(model)."
+        )
 
 
 def several(group: Any) -> bool:

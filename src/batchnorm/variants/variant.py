@@ -5,12 +5,15 @@ tools that replace those (SyncBatchNorm's conversion, torch's and timm's fusions
 drop what it does. This library's own tools find it by `Variant`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from batchnorm import masks
 from batchnorm.errors import BatchNormError
 from batchnorm.functional import batch_norm
 
@@ -25,25 +28,34 @@ class Variant(_NormBase):
     ranks: tuple[int, ...] = ()  # of the inputs that the layer takes; empty: any from 2
     options: tuple[str, ...] = ()  # the arguments that only this member has
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize input: (N, C, *spatial); update the running statistics in training mode."""
+    def forward(self, input: Tensor, mask: Tensor | None = None, axis: int = 1) -> Tensor:
+        """Normalize input: (N, C, *spatial); update the running statistics in training mode.
+
+        mask: True where a value counts; axis: where the channels stand. See `batchnorm.batch_norm`.
+        """
         if isinstance(input, fx.Proxy):
-            leaf: Tensor = as_leaf(self, input)
+            leaf: Tensor = as_leaf(self, input, mask, axis)
             return leaf
         check_rank(self, input, self.ranks)
-        if input.shape[1] != self.num_features:
+        check_axis(self, input, axis)
+        if input.shape[axis] != self.num_features:
             raise BatchNormError(
-                f"{type(self).__name__}({self.num_features}) got {input.shape[1]} channels in an "
-                f"input of shape {tuple(input.shape)}; channels are axis 1. Build it with "
-                f"num_features={input.shape[1]}, or move the channels to axis 1."
+                f"{type(self).__name__}({self.num_features}) got {input.shape[axis]} channels in an "
+                f"input of shape {tuple(input.shape)}; channels are axis {axis}. Build it with "
+                f"num_features={input.shape[axis]}, or pass axis=, where the channels stand."
             )
-        if self.training:
-            return self.train_on(input)
-        by_batch = self.running_mean is None  # as torch's layers, which then know nothing else
-        return self.normalize(input, self.running_mean, self.running_var, by_batch)
+        x, keep = masks.counted(input, mask, axis)
+        y = self._forward(x, keep)
+        return y if axis == 1 else y.movedim(1, axis)
 
-    def train_on(self, x: Tensor) -> Tensor:
-        """The forward pass in training mode."""
+    def _forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        if self.training:
+            return self.train_on(x, keep)
+        by_batch = self.running_mean is None  # as torch's layers, which then know nothing else
+        return self.normalize(x, self.running_mean, self.running_var, by_batch, keep=keep)
+
+    def train_on(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """The forward pass in training mode; keep: the mask in the rank of x."""
         raise NotImplementedError
 
     def normalize(
@@ -53,9 +65,11 @@ class Variant(_NormBase):
         var: Tensor | None,
         by_batch: bool,
         momentum: float = 0.0,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Plain batch normalization with the layer's eps, weight and bias."""
-        return batch_norm(x, mean, var, self.weight, self.bias, by_batch, momentum, self.eps)
+        affine = (self.weight, self.bias)
+        return batch_norm(x, mean, var, *affine, by_batch, momentum, self.eps, mask=keep)
 
     def running(self) -> tuple[Tensor, Tensor]:
         """Mean and variance, of a layer that keeps them."""
@@ -101,6 +115,17 @@ class Variant(_NormBase):
             step = share.to(running.dtype) if isinstance(share, Tensor) else share
             running.lerp_(batch.to(running), step)
 
+    @contextmanager
+    def moving_where(self, known: Tensor) -> Iterator[None]:
+        """Inside, statistics move in these channels alone; a batch that moves none does not count."""
+        buffers = [*self.running(), self.num_batches_tracked]
+        before = [None if buffer is None else buffer.clone() for buffer in buffers]
+        yield
+        with torch.no_grad():
+            for buffer, old, here in zip(buffers, before, (known, known, known.any()), strict=True):
+                if buffer is not None and old is not None:
+                    buffer.copy_(torch.where(here, buffer, old))
+
     @classmethod
     def of(cls, norm: _NormBase, **options: Any) -> Self:
         """This member in the place of a norm: its options, the same parameter and buffer objects."""
@@ -139,7 +164,8 @@ def ranks_of(norm: nn.Module) -> tuple[int, ...]:
     """Of the inputs that a norm takes; () for any."""
     if isinstance(norm, Variant):
         return norm.ranks
-    return next((ranks for kind, ranks in RANKS.items() if isinstance(norm, kind)), ())
+    kind = getattr(norm, "_before", type(norm))  # a synchronised one's
+    return next((ranks for each, ranks in RANKS.items() if issubclass(kind, each)), ())
 
 
 def take(made: _NormBase, norm: _NormBase) -> None:
@@ -162,8 +188,34 @@ def check_rank(layer: nn.Module, x: Tensor, ranks: tuple[int, ...]) -> None:
     )
 
 
-def as_leaf(layer: nn.Module, input: fx.Proxy) -> Any:
+def check_axis(layer: nn.Module, x: Tensor, axis: int) -> None:
+    """The input has such an axis."""
+    if not -x.dim() <= axis < x.dim():
+        raise BatchNormError(
+            f"{type(layer).__name__} got axis={axis} for an input of shape {tuple(x.shape)} and wants "
+            "one of its axes, such as -1 for (N, L, C)."
+        )
+
+
+SET_ASIDE: set[nn.Module] = set()  # the layers whose statistics are a copy at the moment
+
+
+def refuse_recomputation(layer: nn.Module) -> None:
+    """A layer that normalizes with statistics which move cannot be called again behind its own back."""
+    if torch.compiler.is_compiling() or layer in SET_ASIDE:
+        return
+    if torch._C._current_graph_task_id() != -1:  # noqa: SLF001  # torch has no public way
+        raise BatchNormError(
+            f"{type(layer).__name__} is called again within the backward pass, as a checkpoint does, "
+            "and its running statistics, which it normalizes with, have moved: the gradients would be "
+            "wrong. Use checkpoint(block, x, use_reentrant=False, context_fn=lambda: "
+            "batchnorm.update_once(block)), or leave the norm out of the checkpoint."
+        )
+
+
+def as_leaf(layer: nn.Module, input: fx.Proxy, mask: Any = None, axis: int = 1) -> Any:
     """Stay one node under symbolic tracing, as torch.nn's layers do."""
     tracer = input.tracer
     assert isinstance(tracer, fx.Tracer)  # noqa: S101  # others hand out no Proxy to a module
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
+    options = ({} if mask is None else {"mask": mask}) | ({} if axis == 1 else {"axis": axis})
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), options)

@@ -32,6 +32,10 @@ STYLES = {
     "batch-population": Style("#8a6d00", "#d9bd4a", (3, 3)),
     "ghost": Style("#4b5fa8", "#a9b8f5", (6, 2, 1, 2)),
     "renorm": Style("#6b6b00", "#d6d04a", (10, 2)),
+    "estimator": Style("#00708a", "#5fd0e8", (7, 2, 2, 2)),
+    "frozen": Style("#5c5c5c", "#b8b8b8", (1, 3)),
+    "split": Style("#9a3f9a", "#e59ae5", (4, 2, 1, 2)),
+    "sync": Style("#2f6b2f", "#8fd08f", (12, 3)),
 }
 QUANTITY_STYLES = {
     "train_loss": Style("#0072b2", "#56b4e9", SOLID),

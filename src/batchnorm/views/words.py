@@ -16,6 +16,10 @@ PHRASES: dict[str, tuple[str, str]] = {
     "batch-population": ("with population norm", "有总体统计量归一化"),
     "ghost": ("with ghost BN", "有 ghost 批量归一化"),
     "renorm": ("with batch renormalization", "有批量重归一化"),
+    "estimator": ("with BN, debiased averages", "有批量归一化（去偏平均）"),
+    "frozen": ("with frozen BN", "有冻结的批量归一化"),
+    "split": ("with split BN", "有分域批量归一化"),
+    "sync": ("with synchronised BN", "有同步批量归一化"),
     # the quantities
     "epoch": ("epoch", "轮数"),
     "seconds": ("seconds of training", "训练秒数"),
