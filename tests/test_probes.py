@@ -1,5 +1,6 @@
 """What the studies measure, where the answer is known beforehand."""
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 import tiny
 from batchnorm import BatchNormError
 from batchnorm.lab import arms, cells, fitting
+from batchnorm.lab.batches import TensorBatches
 from batchnorm.lab.record import CellConfig
 from batchnorm.lab.studies import probes
 from batchnorm.lab.study import Planned
@@ -123,13 +125,73 @@ def test_predictiveness_looks_at_every_so_many_steps():
 
 
 def test_figure_1_keeps_its_percentiles_and_accuracies():
-    found = probes.figure_1(
-        0, tiny.as_images(), arm="batch", train_images=320, steps=40, learning_rate=0.5
-    )
-    assert len(found["low"]) == len(found["high"]) == len(found["test_accuracy"])
-    for low, middle, high in zip(found["low"], found["middle"], found["high"], strict=True):
-        assert low < middle < high
+    options = {"train_images": 240, "held_out_images": 80, "steps": 42, "learning_rate": 0.5}
+    found = probes.figure_1(0, tiny.as_images(), arm="batch", **options)
+    assert found["step"] == list(range(2, 43, 2))  # 4 steps an epoch, none after the 42nd
+    curves = [value for value in found.values() if isinstance(value, list)]
+    assert {len(curve) for curve in curves} == {21}
+    columns = [found[f"percentile {percent}"] for percent in probes.PERCENTILES]
+    for row in zip(*columns, strict=True):
+        assert list(row) == sorted(row)
     assert found["accuracy"] == found["test_accuracy"][-1]
+
+
+def test_percentiles_are_those_of_what_goes_into_the_last_sigmoids():
+    images = tiny.as_images().test_images
+    model = fitting.start("mlp", "batch", 0)
+    inputs = probes._into_the_last_sigmoid(model, images)
+    with torch.no_grad():
+        by_hand = model.eval()[: list(dict(model.named_children())).index("activation3")](images)
+    torch.testing.assert_close(inputs, by_hand)
+    found = probes._percentiles(inputs.flatten(), (50, 99))
+    assert found[0] == pytest.approx(by_hand.median().item(), abs=1e-3)
+    assert (by_hand > found[1]).double().mean().item() == pytest.approx(0.01, abs=1e-3)
+
+
+def test_training_stops_at_the_step_and_the_rate_has_decayed_there():
+    batches = TensorBatches(tiny.as_images(), 64, 320)  # 5 steps an epoch
+    seen = []
+    model = fitting.fit(
+        fitting.start("mlp", "none", 0), batches, 0.5, [0, 1], steps=7, after_step=seen.append
+    )
+    assert seen == [1, 2, 3, 4, 5, 6, 7]
+    whole = fitting.fit(fitting.start("mlp", "none", 0), batches, 0.5, [0, 1])
+    assert not torch.equal(model.linear1.weight, whole.linear1.weight)
+
+
+EXCESS = {"sizes": (16, 32, 64), "rounds": 8}
+
+
+def test_the_noise_of_a_batch_costs_a_loss_that_falls_with_its_size():
+    found = probes.regularizer(0, tiny.as_images(), **TRAINED, **EXCESS)
+    assert found["batch_size"] == [16, 32, 64]
+    assert found["excess_loss"] == sorted(found["excess_loss"], reverse=True)
+    assert -1.5 < found["power"] < -0.5
+    assert found["pull"] > 0
+
+
+def test_a_power_is_found_where_it_is_known():
+    sizes = (8, 16, 32)
+    assert probes._power(sizes, [3 / size**2 for size in sizes]) == pytest.approx(-2)
+    assert math.isnan(probes._power(sizes, [1.0, 0.5, -0.1]))
+
+
+def test_the_pull_is_the_derivative_along_the_weights():
+    """Σ w · ∂L/∂w = dL(w · (1 + h))/dh at h = 0."""
+    images = tiny.as_images()
+    batch = [(images.train_images[:64], images.train_labels[:64])]
+    model = probes._trained(0, images, 320, 1, 1.0).double()
+    batch = [(batch[0][0].double(), batch[0][1])]
+
+    def loss(scale):
+        twin = copy.deepcopy(model)
+        for module in twin.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.weight.data.mul_(scale)
+        return probes._loss(twin, batch)
+
+    quotient = (loss(1 + 1e-5) - loss(1 - 1e-5)) / 2e-5
+    assert probes._pull(model, batch) == pytest.approx(quotient, rel=1e-5)
 
 
 def test_noise_has_its_moments_and_is_absent_in_evaluation():

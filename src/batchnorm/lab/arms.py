@@ -120,15 +120,17 @@ def batch_population(layer: _BatchNorm) -> nn.Module:
     return PopulationNorm(batch(layer))  # type: ignore[arg-type]  # of this library's classes
 
 
-def ghost(layer: _BatchNorm) -> nn.Module:
-    """Ghost batch normalization: the statistics of 32 samples each."""
-    return GhostBatchNorm.of(layer, ghost_size=32)
+def ghost(layer: _BatchNorm, ghost_size: int = 32) -> nn.Module:
+    """Ghost batch normalization: the statistics of so many samples each."""
+    return GhostBatchNorm.of(layer, ghost_size=ghost_size)
 
 
 def renorm(layer: _BatchNorm) -> nn.Module:
     """Batch renormalization, its schedule a 25th of the paper's: comparisons have fewer steps."""
     return RenormBatchNorm.of(layer, warmup=200, r_steps=1_600, d_steps=1_000)
 
+
+GHOST_SIZES = (16, 64, 256)
 
 ARMS: dict[str, Arm] = {
     "none": none,
@@ -140,6 +142,7 @@ ARMS: dict[str, Arm] = {
     "batch-noise": batch_noise,
     "batch-population": batch_population,
     "ghost": ghost,
+    **{f"ghost-{size}": partial(ghost, ghost_size=size) for size in GHOST_SIZES},
     "renorm": renorm,
 }
 

@@ -122,7 +122,7 @@ def only_norms(network: Network) -> nn.Module:
     return model
 
 
-DROPOUT_RATES = (0.1, 0.3, 0.5)
+DROPOUT_RATES = (0.2, 0.5)
 
 NETWORKS: dict[str, Network] = {
     "lenet": lenet,

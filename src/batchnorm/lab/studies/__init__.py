@@ -21,6 +21,8 @@ NAMES = {
     "position": "Before the activation, after it, or on the input only?",
     "linear": "Is it a linear transform?",
     "noise": "Does it work by the noise, or in spite of it? (Santurkar et al., Luo et al.)",
+    "ghost-size": "Do small groups close the gap of a large batch? (Hoffer et al.)",
+    "regularizer": "Is it a decay of its weights, weaker with larger batches? (Luo et al.)",
     "dropout": "Should it be mixed with dropout? (Li et al.)",
     "epochs": "Does it need fewer epochs?",
     "speed": "Does it process more examples a second? (timed alone)",

@@ -7,6 +7,7 @@ import copy
 import math
 import statistics
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -273,55 +274,156 @@ def _loss_and_gradient(
     return loss.item(), torch.autograd.grad(loss, parameters)
 
 
+PERCENTILES = (1, 5, 15, 25, 35, 50, 65, 75, 85, 95, 99)
+
+
 def figure_1(
-    seed: int, images: Images, *, arm: str, train_images: int, steps: int, learning_rate: float
+    seed: int,
+    images: Images,
+    *,
+    arm: str,
+    train_images: int,
+    held_out_images: int,
+    steps: int,
+    learning_rate: float,
 ) -> Numbers:
     """Ioffe & Szegedy's Figure 1: an MLP of 3×100 sigmoid units, batch 60, SGD without decay.
 
-    Test accuracy over the steps, and the 15th, 50th and 85th percentiles of what goes into one
-    sigmoid of the last hidden layer; `drift`: the standard deviation of the median over the second
-    half of training, relative to the mean width from the 15th to the 85th.
+    Twenty times: the test accuracy; the 15th, 50th and 85th percentiles of what goes into one
+    sigmoid of the last hidden layer (`low`, `middle`, `high`); and the `PERCENTILES` of what goes
+    into all of them (`percentile 1`…). `drift`: the standard deviation of the median over the
+    second half of training, relative to the mean width from the 15th to the 85th.
     """
-    batches = TensorBatches(images, 60, train_images)
+    batches = TensorBatches(images, 60, train_images, held_out_images=held_out_images)
     model = fitting.start("mlp", arm, seed)
-    percentiles: list[tuple[float, ...]] = []
-    accuracies: list[float] = []
     seen = images.test_images[:1_000]
     every = max(1, steps // 20)
     epochs = math.ceil(steps / batches.steps_per_epoch)
+    looks: list[int] = []
+    units: list[list[float]] = []
+    layers: list[list[float]] = []
+    accuracies: list[float] = []
 
     def look(step: int) -> None:
-        if step % every == 0:
-            percentiles.append(_percentiles(model, seen))
+        if step % every == 0 and step <= steps:
+            inputs = _into_the_last_sigmoid(model, seen)
+            looks.append(step)
+            units.append(_percentiles(inputs[:, 0], (15, 50, 85)))
+            layers.append(_percentiles(inputs.flatten(), PERCENTILES))
             accuracies.append(_accuracy(model, images))
 
-    fitting.fit(model, batches, learning_rate, [seed] * epochs, decays=False, after_step=look)
-    low, middle, high = (list(column) for column in zip(*percentiles, strict=True))
+    fitting.fit(
+        model, batches, learning_rate, [seed] * epochs, decays=False, steps=steps, after_step=look
+    )
+    low, middle, high = (list(column) for column in zip(*units, strict=True))
     late = len(middle) // 2
     width = statistics.fmean(h - w for h, w in zip(high[late:], low[late:], strict=True))
     return {
         "accuracy": accuracies[-1],
+        "held_out_accuracy": evaluate(model, batches.held_out(), "cpu")[1],
         "early_accuracy": accuracies[len(accuracies) // 5],
         "drift": statistics.stdev(middle[late:]) / width,
+        "step": looks,
         "test_accuracy": accuracies,
         "low": low,
         "middle": middle,
         "high": high,
+        **{
+            f"percentile {percent}": list(column)
+            for percent, column in zip(PERCENTILES, zip(*layers, strict=True), strict=True)
+        },
     }
 
 
-def _percentiles(model: nn.Module, inputs: Tensor) -> tuple[float, ...]:
-    """Of what goes into the first sigmoid of the last hidden layer."""
+def _into_the_last_sigmoid(model: nn.Module, inputs: Tensor) -> Tensor:
+    """What goes into the sigmoids of the last hidden layer, in evaluation: (N, units)."""
     kept: list[Tensor] = []
 
     def keep(_module: nn.Module, args: tuple[Tensor], _output: Tensor) -> None:
-        kept.append(args[0][:, 0])
+        kept.append(args[0])
 
     hook = model.get_submodule("activation3").register_forward_hook(keep)
     with evaluating(model):
         model(inputs)
     hook.remove()
-    return tuple(kept[0].quantile(torch.tensor([0.15, 0.5, 0.85])).tolist())
+    return kept[0]
+
+
+def _percentiles(values: Tensor, percents: Sequence[int]) -> list[float]:
+    found: list[float] = values.quantile(torch.tensor(percents) / 100).tolist()
+    return found
+
+
+def regularizer(
+    seed: int,
+    images: Images,
+    *,
+    train_images: int,
+    epochs: int,
+    learning_rate: float,
+    sizes: Sequence[int],
+    rounds: int,
+) -> Numbers:
+    """What the noise of a batch's statistics adds to the training loss, by the size of the batch.
+
+    excess(M) = mean loss with the statistics of batches of M images − loss with those of all of
+    them, at the same weights, those of a trained LeNet: the images are split `rounds` times at
+    random. `power` is the slope of log excess over log M; `pull` is Σ weight · ∂excess/∂weight over
+    the weights of all norms at the smallest M, relative to the excess there: positive where the
+    noise penalizes large weights, and 2 for a penalty ζ · weight² (Luo et al. 2019, Theorem 1).
+    """
+    largest = max(sizes)
+    count = train_images // largest * largest  # so that all sizes see the same images
+    model = _trained(seed, images, train_images, epochs, learning_rate)
+    inputs, labels = images.train_images[:count], images.train_labels[:count]
+    batchnorm.recalibrate(model, inputs.split(EVALUATION_BATCH), exact=True)
+    smallest = min(sizes)
+    orders = [torch.randperm(count) for _ in range(rounds)]
+    pieces = [(inputs, labels)]
+    whole, whole_pull = _loss(model.eval(), pieces), _pull(model, pieces)
+    with batchnorm.no_update(model.train()):
+        excess = [_loss(model, _shuffled(inputs, labels, orders, size)) - whole for size in sizes]
+        pull = _pull(model, _shuffled(inputs, labels, orders[:1], smallest)) - whole_pull
+    return {
+        "power": _power(sizes, excess),
+        "pull": pull / excess[sizes.index(smallest)],
+        "batch_size": list(sizes),
+        "excess_loss": excess,
+    }
+
+
+def _shuffled(
+    inputs: Tensor, labels: Tensor, orders: Sequence[Tensor], size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for order in orders:
+        for indices in order.split(size):
+            yield inputs[indices], labels[indices]
+
+
+def _loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Mean loss over batches of one size."""
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(inputs), labels).item() for inputs, labels in batches]
+    return statistics.fmean(losses)
+
+
+def _pull(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Σ weight · ∂loss/∂weight of the norms, the mean over batches of one size."""
+    weights = [m.weight for m in model.modules() if isinstance(m, _BatchNorm)]
+    pulls = []
+    for inputs, labels in batches:
+        gradients = torch.autograd.grad(F.cross_entropy(model(inputs), labels), weights)
+        pairs = zip(weights, gradients, strict=True)
+        pulls.append(sum((weight.detach() * gradient).sum().item() for weight, gradient in pairs))
+    return statistics.fmean(pulls)
+
+
+def _power(sizes: Sequence[int], excess: Sequence[float]) -> float:
+    """The slope of log excess over log size; NaN where an excess is not positive."""
+    if min(excess) <= 0:
+        return math.nan
+    logs = [math.log(value) for value in excess]
+    return statistics.linear_regression([math.log(size) for size in sizes], logs).slope
 
 
 def _trained(
