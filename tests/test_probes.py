@@ -118,6 +118,7 @@ def test_along_a_gradient_the_loss_is_what_it_is_there():
 def test_predictiveness_looks_at_every_so_many_steps():
     options = {"arm": "batch", "train_images": 320, "learning_rate": 0.5, "reach": 2.0}
     found = probes.predictiveness(0, tiny.as_images(), every=2, **options)
+    assert found["step"] == [2, 4]
     assert len(found["loss_ranges"]) == 2
     assert found["loss_range"] == pytest.approx(sum(found["loss_ranges"]) / 2)
     with pytest.raises(BatchNormError, match="looks every 9 steps, and there are 5"):
@@ -125,9 +126,10 @@ def test_predictiveness_looks_at_every_so_many_steps():
 
 
 def test_figure_1_keeps_its_percentiles_and_accuracies():
-    options = {"train_images": 240, "held_out_images": 80, "steps": 42, "learning_rate": 0.5}
+    options = {"train_images": 240, "held_out_images": 80, "steps": 40, "learning_rate": 0.5}
     found = probes.figure_1(0, tiny.as_images(), arm="batch", **options)
-    assert found["step"] == list(range(2, 43, 2))  # 4 steps an epoch, none after the 42nd
+    assert found["step"] == list(range(0, 41, 2))  # 4 steps an epoch, none after the 40th
+    assert found["early_accuracy"] == found["test_accuracy"][found["step"].index(40 // 5)]
     curves = [value for value in found.values() if isinstance(value, list)]
     assert {len(curve) for curve in curves} == {21}
     columns = [found[f"percentile {percent}"] for percent in probes.PERCENTILES]

@@ -3,11 +3,11 @@
 from batchnorm.lab.effects import Best, Difference
 from batchnorm.lab.networks import DROPOUT_RATES
 from batchnorm.lab.statistics import Rule
-from batchnorm.lab.studies._arms import FULL, QUICK, SMALL
+from batchnorm.lab.studies._arms import FULL, QUICK, SHORT
 from batchnorm.lab.study import Arm, Question, Size, Study, Text
 
 BATCH = {"arm": "batch"}
-RATES = (1.0, 3.0, 10.0)
+RATES = (1.0, 3.0)
 # a running variance averages 2/momentum − 1 = 19 batches of 64, and 256 test images are measured
 # with it: a ratio of two such variances has a standard error of √(2/1,216 + 2/256) = .1
 NOTICED = 0.1
@@ -33,7 +33,7 @@ STUDY = Study(
     arms=(NONE, *(_arm(place, rate) for place in PLACES for rate in DROPOUT_RATES)),
     sizes={
         "quick": Size(8, QUICK | BATCH, {"learning_rate": (3.0,)}),
-        "normal": Size(10, SMALL | BATCH, {"learning_rate": RATES}),
+        "normal": Size(10, SHORT | BATCH, {"learning_rate": RATES}),
         "full": Size(20, FULL | BATCH, {"learning_rate": RATES}),
     },
     questions=(

@@ -2,7 +2,7 @@
 
 from batchnorm.lab.effects import LEARNED, Best, Level
 from batchnorm.lab.statistics import Rule
-from batchnorm.lab.studies._arms import FULL, QUICK, SMALL
+from batchnorm.lab.studies._arms import FULL, QUICK, SHORT
 from batchnorm.lab.study import Arm, Question, Size, Study, Text
 
 RATES = (1.0, 10.0)
@@ -24,7 +24,7 @@ STUDY = Study(
     ),
     sizes={
         "quick": Size(8, QUICK, {"learning_rate": (1.0,)}),
-        "normal": Size(10, SMALL, {"learning_rate": RATES}),
+        "normal": Size(10, SHORT, {"learning_rate": RATES}),
         "full": Size(20, FULL, {"learning_rate": RATES}),
     },
     questions=tuple(

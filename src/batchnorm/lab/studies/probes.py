@@ -53,7 +53,8 @@ def gradient_growth(
     inner = logs[2:-2]  # the ends have neighbours on one side alone
     places = [float(place) for place in range(len(inner))]
     slope = statistics.linear_regression(places, inner).slope
-    return {"growth": math.exp(-slope), "log_gradient": logs}
+    layers = [float(layer) for layer in range(1, depth + 1)]
+    return {"growth": math.exp(-slope), "layer": layers, "log_gradient": logs}
 
 
 def fixed_moments(
@@ -224,12 +225,14 @@ def predictiveness(
     batches = TensorBatches(images, 64, train_images)
     model = fitting.start("lenet", arm, seed)
     inputs, labels = next(batches.train(seed, 1))
+    looks: list[int] = []
     ranges: list[float] = []
     changes: list[float] = []
 
     def look(step: int) -> None:
         if step % every == 0:
             loss_range, change = _along_gradient(model, inputs, labels, learning_rate * reach)
+            looks.append(step)
             ranges.append(loss_range)
             changes.append(change)
 
@@ -242,6 +245,7 @@ def predictiveness(
     return {
         "loss_range": statistics.fmean(ranges),
         "gradient_change": statistics.fmean(changes),
+        "step": looks,
         "loss_ranges": ranges,
         "gradient_changes": changes,
     }
@@ -289,7 +293,7 @@ def figure_1(
 ) -> Numbers:
     """Ioffe & Szegedy's Figure 1: an MLP of 3×100 sigmoid units, batch 60, SGD without decay.
 
-    Twenty times: the test accuracy; the 15th, 50th and 85th percentiles of what goes into one
+    At the start and twenty times: the test accuracy; the 15th, 50th and 85th percentiles of what goes into one
     sigmoid of the last hidden layer (`low`, `middle`, `high`); and the `PERCENTILES` of what goes
     into all of them (`percentile 1`…). `drift`: the standard deviation of the median over the
     second half of training, relative to the mean width from the 15th to the 85th.
@@ -305,13 +309,14 @@ def figure_1(
     accuracies: list[float] = []
 
     def look(step: int) -> None:
-        if step % every == 0 and step <= steps:
+        if step % every == 0:
             inputs = _into_the_last_sigmoid(model, seen)
             looks.append(step)
             units.append(_percentiles(inputs[:, 0], (15, 50, 85)))
             layers.append(_percentiles(inputs.flatten(), PERCENTILES))
             accuracies.append(_accuracy(model, images))
 
+    look(0)
     fitting.fit(
         model, batches, learning_rate, [seed] * epochs, decays=False, steps=steps, after_step=look
     )
