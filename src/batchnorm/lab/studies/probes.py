@@ -53,8 +53,8 @@ def gradient_growth(
     inner = logs[2:-2]  # the ends have neighbours on one side alone
     places = [float(place) for place in range(len(inner))]
     slope = statistics.linear_regression(places, inner).slope
-    layers = [float(layer) for layer in range(1, depth + 1)]
-    return {"growth": math.exp(-slope), "layer": layers, "log_gradient": logs}
+    depths = [float(layer) for layer in range(1, depth + 1)]
+    return {"growth": math.exp(-slope), "depth": depths, "log_gradient": logs}
 
 
 def fixed_moments(
