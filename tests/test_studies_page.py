@@ -125,7 +125,7 @@ def test_the_mean_goes_as_far_as_every_seed_goes():
     short = next(c for c in result["cells"] if (c["arm"], c["seed"]) == ("batch", 2))
     short["curves"] = {name: values[:2] for name, values in short["curves"].items()}
     rows = rows_of(study_charts.curves(result, Words())["test_accuracy"])
-    where = study_charts.place(short["point"])
+    where = study_charts.place(short["point"], Words())
     mean = {
         row["x"]: row for row in rows
         if (row["arm"], row["place"], row["seed"]) == ("arm batch", where, None)

@@ -31,6 +31,9 @@ STYLES = {
     "batch-noise": Style("#6a5acd", "#b3a9f5", (5, 2, 1, 2)),
     "batch-population": Style("#8a6d00", "#d9bd4a", (3, 3)),
     "ghost": Style("#4b5fa8", "#a9b8f5", (6, 2, 1, 2)),
+    "ghost-16": Style("#a0307a", "#f39bd3", (9, 2, 2, 2)),
+    "ghost-64": Style("#2f6f8f", "#8fd0ea", (1, 3)),
+    "ghost-256": Style("#7a4a2a", "#dcb08c", (7, 4)),
     "renorm": Style("#6b6b00", "#d6d04a", (10, 2)),
 }
 QUANTITY_STYLES = {
