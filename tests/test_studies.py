@@ -514,7 +514,7 @@ def test_where_the_norms_and_the_dropout_stand():
     assert all(after.index(f"activation{i}") + 1 == after.index(f"norm{i}") for i in (1, 2, 3, 4))
     alone = list(networks.NETWORKS["lenet-norm-input"]()._modules)
     assert [name for name in alone if "norm" in name] == ["norm0"] == alone[:1]
-    before = list(networks.NETWORKS["lenet-dropout-before-0.3"]()._modules)
+    before = list(networks.NETWORKS["lenet-dropout-before-0.2"]()._modules)
     assert [name for name in before if "dropout" in name] == ["dropout1", "dropout2", "dropout3"]
     behind = list(networks.NETWORKS["lenet-dropout-after-0.5"]()._modules)
     assert behind[-2:] == ["dropout4", "linear3"]

@@ -56,6 +56,19 @@ def render(found: Sequence[Result], words: Words) -> str:
     )
 
 
+def inline(found: Sequence[Result], folder: Path, words: Words) -> str:
+    """The verdicts, for a notebook's cell."""
+    called = [study_charts.labels(result, words) for result in found]
+    studies = [
+        (
+            result["claim"][words.language],
+            [_question(q, labels, words) for q in result["questions"]],
+        )
+        for result, labels in zip(found, called, strict=True)
+    ]
+    return fill("notebook_studies.html.j2", words=words, studies=studies, folder=folder)
+
+
 @dataclass(frozen=True)
 class Strip:
     """An effect as a picture: the interval, the effect, each seed, and where the claim holds."""
