@@ -71,6 +71,42 @@ def test_speed_is_of_the_steps_that_were_timed(monkeypatch):
     assert found == {"examples_per_second": 32}  # a tick a step
 
 
+FAST = {"epochs": 4, "batch_size": 32, "learning_rate": 0.1}
+
+
+def test_the_fast_recipe_is_of_lenets_size_and_learns(monkeypatch):
+    clock = iter((10.0, 17.0))
+    monkeypatch.setattr(probes.time, "perf_counter", lambda: next(clock))
+    torch.manual_seed(0)
+    found = probes.fast(0, tiny.as_images(), **FAST)
+    assert found["parameters"] == 60_842  # the note's LeNet has 61,706
+    assert found["seconds"] == 7  # from its making to the number
+    assert found["accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("held_out", [0, 64])
+def test_the_fast_recipe_is_tested_on_images_that_it_has_not_seen(monkeypatch, held_out):
+    tested, trained = [], []
+    monkeypatch.setattr(probes, "_accuracy", lambda _model, *pair: tested.append(pair) or 0.5)
+    whole = probes.batchnorm.recalibrate
+
+    def recalibrate(model, loader):
+        trained.extend(loader)
+        return whole(model, trained)
+
+    monkeypatch.setattr(probes.batchnorm, "recalibrate", recalibrate)
+    images = tiny.as_images()
+    assert probes.fast(0, images, **FAST, held_out_images=held_out)["accuracy"] == 0.5
+    ((inputs, labels),) = tested
+    count = len(images.train_images) - held_out
+    expected = (images.train_images[count:], images.train_labels[count:])
+    if not held_out:
+        expected = (images.test_images, images.test_labels)
+    assert torch.equal(inputs, expected[0])
+    assert torch.equal(labels, expected[1])
+    assert torch.equal(torch.cat(trained), images.train_images[:count])
+
+
 def test_the_notes_defects():
     found = probes.defects(0, tiny.as_images(), **(TRAINED | {"epochs": 4}))
     assert found["untrained_scale"] == pytest.approx(1e-5**-0.5)
@@ -83,7 +119,7 @@ def test_a_layer_that_obeys_eval_does_not_mind_one_class_at_a_time():
     images = tiny.as_images()
     model = probes._trained(0, images, 320, 1, 1.0)
     assert probes._accuracy_by_class(model, images) == pytest.approx(
-        probes._accuracy(model, images)
+        probes._test_accuracy(model, images)
     )
 
 

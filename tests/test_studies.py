@@ -149,6 +149,12 @@ def test_seeds_and_data_can_be_asked_for():
         TRAININGS.cells("normal", seeds=0)
 
 
+def test_the_threads_of_a_probe_are_not_an_option_of_its_function():
+    (planned,) = probes("square", seeds=1, threads=2, a=1).cells("normal")
+    assert planned.config.threads == 2
+    assert planned.config.options == (("a", 1),)
+
+
 def test_the_hash_of_a_probe_is_its_content():
     probe = Probe("probes:square", "one", 3, (("a", 1),))
     assert probe.hash == Probe("probes:square", "one", 3, (("a", 1),)).hash

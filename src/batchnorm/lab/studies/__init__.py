@@ -26,6 +26,7 @@ NAMES = {
     "dropout": "Should it be mixed with dropout? (Li et al.)",
     "epochs": "Does it need fewer epochs?",
     "speed": "Does it process more examples a second? (timed alone)",
+    "fast": "In how many seconds is it 0.9, at best?",
     "nine-tenths": "Is the test accuracy 0.9 after ten epochs?",
     "defects": "What do the defects of the note's layer do?",
     "gradient-growth": "Does it make gradients explode at initialization? (Yang et al.)",
