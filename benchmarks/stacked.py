@@ -167,9 +167,9 @@ def main() -> None:
     for _ in range(1 + arguments.rounds):  # the first one warms up
         for name, way in WAYS.items():
             models = [fitting.start("lenet", "batch", s).train() for s in range(arguments.seeds)]
-            start = time.perf_counter()
+            start = time.process_time()  # of one thread: others on the machine do not count
             losses[name] = way(models, steps)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     print(f"{batchnorm.backend()}, 1 thread, {arguments.seeds} seeds, {arguments.steps} steps")
     for name, found in seconds.items():
         warm = found[1:]
