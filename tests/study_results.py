@@ -49,6 +49,37 @@ def probes(name="growth", claim="Gradients explode.", curve="log_gradient", **ch
     ) | changes  # fmt: skip
 
 
+PERCENTS = (1, 5, 15, 25, 35, 50, 65, 75, 85, 95, 99)
+STEPS = (0, 10, 20)
+
+
+def flows(name="flow", claim="Inputs stay.", **changes):
+    """A probe of percentiles over the steps: uniform from −w to w, w = 1 + step; 100 at rate 10."""
+    arms = ("none", "batch")
+    return _result(
+        name, claim, arms,
+        grid={"learning_rate": [1.0, 10.0]},
+        cells=[_flow(arm, rate, seed) for seed in SEEDS for rate in (1.0, 10.0) for arm in arms],
+        questions=[_question("steadier", "supported", 1.2, (1.1, 1.3), {"low": 0, "high": None}, arms)],
+    ) | changes  # fmt: skip
+
+
+def _flow(arm, rate, seed):
+    widths = [100.0 if rate == 10.0 else 1.0 + step for step in STEPS]
+    curves = {"step": list(STEPS), "test_accuracy": [0.1, 0.5, 0.8]}
+    curves |= {
+        f"percentile {p}": [width * (p / 50 - 1) + seed for width in widths] for p in PERCENTS
+    }
+    curves |= {
+        name: [width * (p / 50 - 1) for width in widths]
+        for name, p in (("low", 15), ("middle", 50), ("high", 85))
+    }
+    return {
+        "arm": arm, "point": {"learning_rate": rate}, "seed": seed, "hash": f"{arm}{rate}{seed}",
+        "values": {"accuracy": 0.8}, "curves": curves,
+    }  # fmt: skip
+
+
 def _training(arm, rate, seed):
     epochs = [0.0] if (arm, rate) == ("none", 10.0) else [0.0, 1.0, 2.0]
     tested = [accuracy(arm, rate, seed, epoch) for epoch in epochs]

@@ -23,6 +23,10 @@ KINDS = {
     "batch-noise": (nn.Sequential, nn.Sequential),
     "batch-population": (arms.PopulationNorm, arms.PopulationNorm),
     "ghost": (batchnorm.GhostBatchNorm, batchnorm.GhostBatchNorm),
+    **{
+        f"ghost-{size}": (batchnorm.GhostBatchNorm, batchnorm.GhostBatchNorm)
+        for size in arms.GHOST_SIZES
+    },
     "renorm": (batchnorm.RenormBatchNorm, batchnorm.RenormBatchNorm),
     "estimator": (batchnorm.EstimatorBatchNorm, batchnorm.EstimatorBatchNorm),
     "frozen": (batchnorm.FrozenBatchNorm, batchnorm.FrozenBatchNorm),
@@ -43,6 +47,15 @@ def test_every_place_holds_the_arms_layer(arm):
         of_features,
     ]
     assert model(torch.rand(4, 1, 28, 28)).shape == (4, 10)
+
+
+def test_ghosts_have_the_sizes_of_their_names():
+    found = {
+        arm: arms.apply(networks.lenet(), arm)[0].norm2.ghost_size
+        for arm in ARMS
+        if arm.startswith("ghost")
+    }
+    assert found == {"ghost": 32, "ghost-16": 16, "ghost-64": 64, "ghost-256": 256}
 
 
 def test_parameters_are_those_that_the_note_counts():
@@ -175,7 +188,7 @@ def test_an_activation_that_belongs_to_a_norm_stays_behind_every_arm():
         assert places == ["1.norm"]
         y = model.eval()(x)
         assert y.min() == 0
-        if arm in {"batch", "batch-torch", "ghost", "renorm"}:
+        if arm.startswith("ghost") or arm in {"batch", "batch-torch", "renorm"}:
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
         if arm in {"batch", "batch-torch"}:
             assert not model.get_submodule("1.norm").weight.requires_grad

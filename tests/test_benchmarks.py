@@ -1,4 +1,4 @@
-"""benchmarks/memory.py and networks.py: what they count and compare; nothing is timed."""
+"""benchmarks/memory.py, networks.py and stacked.py: what they count and compare; nothing is timed."""
 
 import importlib.util
 import sys
@@ -116,3 +116,20 @@ def test_every_round_begins_with_another_arm(networks):
     ways = {name: lambda name=name: order.append(name) or 1.0 for name in "ab"}
     assert networks.measure(ways, 2, 2) == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
     assert "".join(order) == "ab" + "aabb" + "bbaa"
+
+
+@pytest.mark.parametrize("way", ["grouped", "vmapped"])
+def test_seeds_that_are_trained_at_once_have_the_losses_of_each_alone(monkeypatch, way):
+    stacked = load("stacked", monkeypatch)
+    steps = [(x.double(), y) for x, y in stacked.batches(seeds=3, steps=4)]
+
+    def models():
+        return [stacked.fitting.start("lenet", "batch", seed).double().train() for seed in range(3)]
+
+    with torch.random.fork_rng([]):
+        alone = stacked.plain(models(), steps)
+        found = stacked.WAYS[way](models(), steps)
+    assert alone.shape == (3, 4)
+    # in float64 what is left after four steps is rounding; another seed's order is far away
+    torch.testing.assert_close(found.float(), alone, rtol=1e-6, atol=1e-6)
+    assert (alone[0] - alone[1]).abs().max() > 1e-3

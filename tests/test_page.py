@@ -7,6 +7,7 @@ import pytest
 import browsing
 import records
 from batchnorm.comparison import report
+from batchnorm.lab.arms import ARMS
 from batchnorm.lab.record import read
 from batchnorm.lab.summary import summarize
 from batchnorm.views import page as views_page
@@ -22,18 +23,7 @@ SHAPES = {
     "no batch norm": {"arms": ("none", "group", "layer")},
     "batch norm alone": {"arms": ("batch-torch",)},
     "one evaluation": {"evaluations": 1, "unfinished": ("none", "batch")},
-    "every arm": {
-        "arms": (
-            "none",
-            "batch",
-            "batch-torch",
-            "batch-note",
-            "group",
-            "layer",
-            "ghost",
-            "renorm",
-        )
-    },
+    "every arm": {"arms": tuple(ARMS)},
 }
 
 

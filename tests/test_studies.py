@@ -149,6 +149,12 @@ def test_seeds_and_data_can_be_asked_for():
         TRAININGS.cells("normal", seeds=0)
 
 
+def test_the_threads_of_a_probe_are_not_an_option_of_its_function():
+    (planned,) = probes("square", seeds=1, threads=2, a=1).cells("normal")
+    assert planned.config.threads == 2
+    assert planned.config.options == (("a", 1),)
+
+
 def test_the_hash_of_a_probe_is_its_content():
     probe = Probe("probes:square", "one", 3, (("a", 1),))
     assert probe.hash == Probe("probes:square", "one", 3, (("a", 1),)).hash
@@ -514,7 +520,7 @@ def test_where_the_norms_and_the_dropout_stand():
     assert all(after.index(f"activation{i}") + 1 == after.index(f"norm{i}") for i in (1, 2, 3, 4))
     alone = list(networks.NETWORKS["lenet-norm-input"]()._modules)
     assert [name for name in alone if "norm" in name] == ["norm0"] == alone[:1]
-    before = list(networks.NETWORKS["lenet-dropout-before-0.3"]()._modules)
+    before = list(networks.NETWORKS["lenet-dropout-before-0.2"]()._modules)
     assert [name for name in before if "dropout" in name] == ["dropout1", "dropout2", "dropout3"]
     behind = list(networks.NETWORKS["lenet-dropout-after-0.5"]()._modules)
     assert behind[-2:] == ["dropout4", "linear3"]

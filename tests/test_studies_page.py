@@ -10,7 +10,7 @@ import pytest
 import browsing
 import study_results
 from batchnorm import BatchNormError
-from batchnorm.views import studies_page, study_charts
+from batchnorm.views import activations, studies_page, study_charts
 from batchnorm.views.words import LANGUAGES, Words
 from browsing import HOSTILE, Opened, contrast, luminance
 
@@ -125,7 +125,7 @@ def test_the_mean_goes_as_far_as_every_seed_goes():
     short = next(c for c in result["cells"] if (c["arm"], c["seed"]) == ("batch", 2))
     short["curves"] = {name: values[:2] for name, values in short["curves"].items()}
     rows = rows_of(study_charts.curves(result, Words())["test_accuracy"])
-    where = study_charts.place(short["point"])
+    where = study_charts.place(short["point"], Words())
     mean = {
         row["x"]: row for row in rows
         if (row["arm"], row["place"], row["seed"]) == ("arm batch", where, None)
@@ -155,6 +155,89 @@ def test_another_place_in_the_grid_draws_other_curves(browser, tmp_path):
         page.wait_for_function(
             f"before => ({lines})().map(p => p.getAttribute('d')).join() !== before", arg=before
         )
+
+
+# what goes into a layer
+
+
+def test_the_histogram_has_the_share_of_the_values_between_percentiles():
+    rows = max(activations.moving(study_results.flows(), Words())["datasets"].values(), key=len)
+    where = ("arm batch", "learning rate 1.0", 10)
+    bars = [row for row in rows if (row["arm"], row["place"], row["step"]) == where]
+    # uniform from −11 to 11, shifted by the seeds' mean of 1: a density of 1/22 throughout
+    assert bars[0]["from"] == pytest.approx(-11 * 0.98 + 1)
+    assert bars[-1]["to"] == pytest.approx(11 * 0.98 + 1)
+    assert [bar["density"] for bar in bars] == pytest.approx([1 / 22] * 10, rel=1e-4)
+    assert sum(b["density"] * (b["to"] - b["from"]) for b in bars) == pytest.approx(0.98, rel=1e-3)
+
+
+def test_scales_are_those_of_the_place_that_is_shown():
+    specs = activations.fans(study_results.flows(), Words())
+    assert list(specs) == [(u, a) for u in ("all units", "one unit") for a in ("none", "batch")]
+    ends = {p["name"]: p["value"] for p in specs["one unit", "batch"]["params"]}["ends"]
+    assert ends["learning rate 1.0"] == pytest.approx([-0.7 * 21, 0.7 * 21])
+    assert ends["learning rate 10.0"] == pytest.approx([-70, 70])
+
+
+def test_a_moment_that_a_seed_lacks_is_left_out():
+    result = study_results.flows()
+    result["cells"][1]["curves"]["percentile 99"][2] = None  # batch at rate 1, diverged
+    rows = max(activations.moving(result, Words())["datasets"].values(), key=len)
+    steps = {(row["arm"], row["step"]) for row in rows if row["place"] == "learning rate 1.0"}
+    assert steps == {(f"arm {arm}", step) for arm in ("none", "batch") for step in (0, 10, 20)} - {
+        ("arm batch", 20)
+    }
+
+
+BARS = "[...document.querySelectorAll('[data-chart=\"curve-0-flow\"] .mark-rect path')]"
+
+
+def test_the_flow_is_whole_as_it_stands_and_moves_when_played(browser, tmp_path):
+    with Opened(browser, save(tmp_path, study_results.flows())) as page:
+        open_every(page)
+        for index in range(4):
+            fan = page.locator(f'[data-chart="curve-0-flow-{index}"]')
+            assert fan.locator(".mark-area path").count() == (5 if index < 2 else 1)
+            assert fan.locator(".mark-line path").count() == 1
+        drawn = f"() => {BARS}.map(bar => bar.getAttribute('d')).join()"
+        last = page.evaluate(drawn)
+        assert last
+        page.locator('input[name="moment"]').fill("0")
+        page.wait_for_function(f"last => ({drawn})() !== last", arg=last)
+        assert page.locator("output").inner_text() == "0"
+        page.get_by_role("button", name="Play").click()
+        page.wait_for_function(f"last => ({drawn})() === last", arg=last)  # it ends at the end
+
+
+def test_who_asked_for_less_motion_moves_the_slider_alone(browser, tmp_path):
+    path = save(tmp_path, study_results.flows())
+    with Opened(browser, path, reduced_motion="reduce") as page:
+        open_every(page)
+        assert page.get_by_role("button", name="Play").count() == 0
+        assert page.locator('input[name="moment"]').is_visible()
+
+
+def test_curves_open_where_the_first_question_looks():
+    result = study_results.trainings()
+    assert study_charts.opening(result, Words()) == "learning rate 1.0"
+    assert study_charts.opening(study_results.probes(), Words()) == ""
+
+
+def test_a_curve_of_one_point_is_no_chart():
+    result = study_results.trainings()
+    for cell in result["cells"]:
+        cell["curves"]["train_loss"] = [None, 1.5, None][: len(cell["curves"]["epoch"])]
+    assert list(study_charts.curves(result, Words())) == ["test_accuracy"]
+
+
+def test_curves_are_drawn_against_the_axis_that_they_name():
+    result = study_results.probes()
+    for cell in result["cells"]:
+        cell["curves"] = {"batch_size": [32, 64], "excess_loss": [0.2, 0.1]}
+    charts = study_charts.curves(result, Words())
+    assert list(charts) == ["excess_loss"]
+    assert {row["x"] for row in rows_of(charts["excess_loss"])} == {32, 64}
+    assert "images in a batch" in str(charts["excess_loss"])
 
 
 def test_pictures_and_tables_are_named_for_a_screen_reader(browser, tmp_path):

@@ -38,6 +38,10 @@ Initialization = StrEnum(
     [("XAVIER", "xavier-uniform"), ("KAIMING", "kaiming-normal"), ("BUILT", "as-built")],
 )
 
+Events = Annotated[
+    Path | None, typer.Option(help="Write TensorBoard's event files there, a run a cell.")
+]
+
 
 @app.callback()
 def batchnorm() -> None:
@@ -98,6 +102,7 @@ def compare(
         Language, typer.Option(help="Of the pictures, the page and the table.")
     ] = Language.en,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    tensorboard: Events = None,
 ) -> None:
     """Train with and without batch normalization, record it, show it.
 
@@ -105,9 +110,11 @@ def compare(
     """
     with said():
         from batchnorm import comparison  # noqa: PLC0415  # loads torch: not for --help
-        from batchnorm.views import console  # noqa: PLC0415
+        from batchnorm.views import console, events  # noqa: PLC0415
         from batchnorm.views.words import Words  # noqa: PLC0415
 
+        if tensorboard is not None:
+            events.check()
         result = comparison.compare(
             network,
             [arm.strip() for arm in arms.split(",") if arm.strip()],
@@ -135,6 +142,8 @@ def compare(
             ghost_size=ghost_size,
             device=device,
         )
+        if tensorboard is not None:
+            events.of_record(result.record, tensorboard)
         console.show(result.record, result.words)
 
 
@@ -144,19 +153,24 @@ def report(
     lang: Annotated[
         Language, typer.Option(help="Of the pictures, the page and the table.")
     ] = Language.en,
+    tensorboard: Events = None,
 ) -> None:
     """Make the pictures, the tables and the page of a record again."""
     with said():
         from batchnorm import comparison  # noqa: PLC0415
         from batchnorm.lab import results  # noqa: PLC0415
-        from batchnorm.views import console, studies_page  # noqa: PLC0415
+        from batchnorm.views import console, events, studies_page  # noqa: PLC0415
         from batchnorm.views.words import Words  # noqa: PLC0415
 
         if (folder / results.FOLDER).is_dir():
-            studies_page.report(folder, Words(lang.value))
+            found = studies_page.report(folder, Words(lang.value))
+            if tensorboard is not None:
+                events.of_results(found, tensorboard)
             typer.echo(folder / studies_page.PAGE)
             return
         result = comparison.report(folder, language=lang.value)
+        if tensorboard is not None:
+            events.of_record(result.record, tensorboard)
         console.show(result.record, result.words)
 
 
@@ -481,6 +495,7 @@ def _add_study(command: str, names: list[str], asks: str) -> None:
             Path | None, typer.Option(help="Where Fashion-MNIST is looked for first.")
         ] = None,
         lang: Annotated[Language, typer.Option(help="Of what is printed.")] = Language.en,
+        tensorboard: Events = None,
     ) -> None:
         with said():
             from batchnorm import studies as runner  # noqa: PLC0415  # loads torch: not for --help
@@ -491,7 +506,7 @@ def _add_study(command: str, names: list[str], asks: str) -> None:
             runner.run(
                 runner.Request(
                     names, size, out, seeds, dry_run, processes, cluster, budget, data, data_dir,
-                    lang.value,
+                    lang.value, tensorboard,
                 )
             )  # fmt: skip
 

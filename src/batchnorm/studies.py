@@ -18,7 +18,7 @@ from batchnorm.lab.results import Result
 from batchnorm.lab.studies import recalibration as rescue
 from batchnorm.lab.studies.recalibration import Rescue, Study, StudyConfig
 from batchnorm.lab.summary import Spread
-from batchnorm.views import dumbbell, fonts, grids, studies_page
+from batchnorm.views import dumbbell, events, fonts, grids, studies_page
 from batchnorm.views.verdict import number
 from batchnorm.views.words import Words
 
@@ -40,6 +40,7 @@ class Request:
     data: str | None = None
     data_dir: Path | None = None
     language: str = "en"
+    tensorboard: Path | None = None  # where event files are wanted
 
     @property
     def folder(self) -> Path:
@@ -52,13 +53,26 @@ class Request:
         return BUDGETS[self.size] if self.budget is None else self.budget
 
 
-def run(request: Request) -> list[Result]:
+class Judged(list[Result]):
+    """The results of studies; in a notebook, their verdicts as a table."""
+
+    def __init__(self, found: Sequence[Result], folder: Path, words: Words) -> None:
+        super().__init__(found)
+        self.folder, self.words = folder, words
+
+    def _repr_html_(self) -> str:
+        return studies_page.inline(self, self.folder, self.words)
+
+
+def run(request: Request) -> Judged:
     """Plan the studies, run what is not done, judge them, write and print what was found.
 
     Raises:
         BatchNormError: an unknown study, a number out of range, a plan over its budget, cells that
             failed each time.
     """
+    if request.tensorboard is not None:
+        events.check()
     words, errors = Words(request.language), Console(stderr=True, highlight=False)
     found = [library.find(name) for name in request.names]
     planned = {s.name: s.cells(request.size, seeds=request.seeds, data=request.data) for s in found}
@@ -75,13 +89,15 @@ def run(request: Request) -> list[Result]:
             errors.print(grids.power(study.name, power, words), soft_wrap=True)
         errors.print(grids.plan(plan, words), soft_wrap=True)
         if request.dry_run:
-            return []
+            return Judged([], request.folder, words)
         _refuse_over_budget(plan, request)
         with grids.Board(words) as board:
             lost = engine.run(plan, request.folder, request.data_dir, workers, board)
         judged = [results.conclude(s, request.size, planned[s.name], request.folder) for s in found]
         results.write(judged, request.folder)
         studies_page.report(request.folder, words)
+        if request.tensorboard is not None:
+            events.of_results(judged, request.tensorboard)
     console = Console(highlight=False)
     for result in judged:
         console.print(grids.verdicts(result, words))
@@ -91,7 +107,7 @@ def run(request: Request) -> list[Result]:
             f"{len(lost)} cells failed {engine.ATTEMPTS} times; the verdicts are without them. "
             f"{request.folder / engine.FAILURES} says why; the same command tries them again."
         )
-    return judged
+    return Judged(judged, request.folder, words)
 
 
 @contextlib.contextmanager

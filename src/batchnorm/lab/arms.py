@@ -124,6 +124,7 @@ def batch_population(layer: _BatchNorm) -> nn.Module:
 
 
 GHOST_SIZE = 32
+GHOST_SIZES = (16, 64, 256)  # with an arm of their own
 
 
 def ghost(layer: _BatchNorm, ghost_size: int = GHOST_SIZE) -> nn.Module:
@@ -169,6 +170,7 @@ ARMS: dict[str, Arm] = {
     "batch-noise": batch_noise,
     "batch-population": batch_population,
     "ghost": ghost,
+    **{f"ghost-{size}": partial(ghost, ghost_size=size) for size in GHOST_SIZES},
     "renorm": renorm,
     "estimator": estimator,
     "frozen": frozen,

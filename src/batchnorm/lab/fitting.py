@@ -27,11 +27,15 @@ def fit(
     orders: Sequence[int],
     *,
     decays: bool = True,
+    steps: int | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> nn.Module:
-    """SGD for as many epochs as there are seeds of the data's order; the rate decays to 0, or not."""
+    """SGD for as many epochs as there are seeds of the data's order, or fewer steps than that.
+
+    The rate decays to 0, or not.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    steps = len(orders) * batches.steps_per_epoch
+    steps = len(orders) * batches.steps_per_epoch if steps is None else steps
     schedulers = torch.optim.lr_scheduler
     scheduler: torch.optim.lr_scheduler.LRScheduler = (
         schedulers.CosineAnnealingLR(optimizer, steps)
@@ -49,4 +53,6 @@ def fit(
             step += 1
             if after_step is not None:
                 after_step(step)
+            if step == steps:
+                return model
     return model

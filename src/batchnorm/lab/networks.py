@@ -78,6 +78,27 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
+def fast() -> nn.Sequential:
+    """LeNet's size and a third of its work: (N, 1, 28, 28) -> (N, 10), 60,842 parameters.
+
+    Strides in place of padding and pooling, 16 and 32 channels, one hidden linear layer, ReLU.
+    """
+    layers: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(1, 16, 4, stride=2, bias=False),
+        "norm1": nn.BatchNorm2d(16),
+        "activation1": nn.ReLU(),
+        "conv2": nn.Conv2d(16, 32, 3, stride=2, bias=False),
+        "norm2": nn.BatchNorm2d(32),
+        "activation2": nn.ReLU(),
+        "flatten": nn.Flatten(),
+        "linear1": nn.Linear(32 * 6 * 6, 48, bias=False),
+        "norm3": nn.BatchNorm1d(48),
+        "activation3": nn.ReLU(),
+        "linear2": nn.Linear(48, 10),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
 class Block(nn.Module):
     """y = relu(x' + norm(conv(relu(norm(conv(x)))))), x' = x, or its 1×1 convolution."""
 
@@ -122,9 +143,10 @@ def only_norms(network: Network) -> nn.Module:
     return model
 
 
-DROPOUT_RATES = (0.1, 0.3, 0.5)
+DROPOUT_RATES = (0.2, 0.5)
 
 NETWORKS: dict[str, Network] = {
+    "fast": fast,
     "lenet": lenet,
     "lenet-norm-after": partial(lenet, "after"),
     "lenet-norm-input": partial(lenet, "input"),

@@ -141,13 +141,13 @@ class Study:
         if self.function is None:
             given = {} if data is None else {"data": data}
             return CellConfig(**{"threads": 1, **fields, **given, "seed": seed})
-        uses_data = fields.pop("data", "")
+        uses_data, threads = fields.pop("data", ""), fields.pop("threads", 1)
         return Probe(
             self.function,
             arm.name,
             seed,
             tuple(sorted(fields.items())),
             (data or uses_data) if uses_data else "",
-            fields.pop("threads", 1),
+            threads,
             self.alone,
         )

@@ -74,7 +74,7 @@ class Board:
 
 def power(name: str, found: dict[str, float | None], words: Words) -> str:
     """What so many seeds can find, said beforehand."""
-    key = "no power" if found["detectable"] is None else "power"
+    key = "finds nothing" if found["detectable"] is None else "finds"
     return words(key, name=name, **found)
 
 

@@ -4,6 +4,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.lab import results
 from batchnorm.lab.results import Result
 from batchnorm.lab.summary import Spread
-from batchnorm.views import grids, study_charts, verdict
+from batchnorm.views import activations, grids, study_charts, verdict
 from batchnorm.views.charts import Spec
 from batchnorm.views.lines import STYLES
 from batchnorm.views.page import fill, libraries
@@ -53,6 +54,19 @@ def render(found: Sequence[Result], words: Words) -> str:
         specs=specs,
         libraries=libraries(),
     )
+
+
+def inline(found: Sequence[Result], folder: Path, words: Words) -> str:
+    """The verdicts, for a notebook's cell."""
+    called = [study_charts.labels(result, words) for result in found]
+    studies = [
+        (
+            result["claim"][words.language],
+            [_question(q, labels, words) for q in result["questions"]],
+        )
+        for result, labels in zip(found, called, strict=True)
+    ]
+    return fill("notebook_studies.html.j2", words=words, studies=studies, folder=folder)
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,12 @@ def _study(index: int, result: Result, specs: dict[str, Spec], words: Words) -> 
     specs |= dict(zip(charts, curves.values(), strict=True))
     if heat is not None:
         specs[f"heat-{index}"] = heat[1]
+    steps = activations.steps(result)
+    fans = activations.fans(result, words) if steps else {}
+    flows = {f"curve-{index}-flow-{i}": key for i, key in enumerate(fans)}
+    specs |= dict(zip(flows, fans.values(), strict=True))
+    if steps:
+        specs[f"curve-{index}-flow"] = activations.moving(result, words)
     called = study_charts.labels(result, words)
     looks = study_charts.styles(result)
     return {
@@ -106,12 +126,15 @@ def _study(index: int, result: Result, specs: dict[str, Spec], words: Words) -> 
         "arms": [(looks[name], label) for name, label in called.items()],
         "questions": [_question(question, called, words) for question in result["questions"]],
         "charts": charts,
+        "steps": steps,
+        "flows": [(name, words(units), called[arm]) for name, (units, arm) in flows.items()],
         "heat": None if heat is None else (f"heat-{index}", heat[0]),
-        "places": study_charts.places(result),
-        "summary": _summary(result, called),
+        "places": study_charts.places(result, words),
+        "opening": study_charts.opening(result, words) if result["cells"] else "",
+        "summary": _summary(result, called, words),
         "values": _values(result),
         "called": called,
-        "place": study_charts.place,
+        "place": partial(study_charts.place, words=words),
         "command": _command(result),
     }
 
@@ -137,7 +160,7 @@ def _question(question: dict[str, Any], called: dict[str, str], words: Words) ->
         "strip": strip(question),
         "rule": words(rule, low=low, high=high),
         "points": [
-            f"{called.get(arm, arm)}: {study_charts.place(point)}"
+            f"{called.get(arm, arm)}: {study_charts.place(point, words)}"
             for arm, point in question["points"].items()
             if point
         ],
@@ -149,11 +172,11 @@ def _values(result: Result) -> list[str]:
     return list(dict.fromkeys(name for cell in result["cells"] for name in cell["values"]))
 
 
-def _summary(result: Result, called: dict[str, str]) -> list[dict[str, Any]]:
+def _summary(result: Result, called: dict[str, str], words: Words) -> list[dict[str, Any]]:
     """Mean ± standard deviation over the seeds: a row an arm at a place."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in result["cells"]:
-        groups.setdefault((cell["arm"], study_charts.place(cell["point"])), []).append(cell)
+        groups.setdefault((cell["arm"], study_charts.place(cell["point"], words)), []).append(cell)
     rows = []
     for (arm, where), cells in groups.items():
         numbers = {

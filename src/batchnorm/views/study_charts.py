@@ -11,6 +11,9 @@ from batchnorm.views.charts import Spec, data, finish, looks, rounded
 from batchnorm.views.lines import STYLES, Style
 from batchnorm.views.words import Words
 
+AXES = ("epoch", "step", "depth", "batch_size")  # what curves are drawn against, if they say so
+UNIT = {"low": 15, "middle": 50, "high": 85}  # percentiles of what goes into one unit
+LAYER = {f"percentile {percent}": percent for percent in range(100)}  # into all units of a layer
 CURVES = ("test_accuracy", "recalibrated_test_accuracy", "train_loss")  # of a training
 SHADES = ["#d6e6f4", "#08306b"]  # the same on white and on black: each cell is its own paper
 WHITE_FROM = 0.55  # of the way from the light shade to the dark one
@@ -30,21 +33,31 @@ def styles(result: Result) -> dict[str, tuple[str, Style]]:
     return {name: (key, STYLES[key]) for name, key in chosen.items()}
 
 
-def place(point: Mapping[str, Any]) -> str:
+def place(point: Mapping[str, Any], words: Words) -> str:
     """A place in the grid, in words."""
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in point.items())
+    return ", ".join(f"{words.quantity(name)} {value}" for name, value in point.items())
 
 
-def places(result: Result) -> list[str]:
+def places(result: Result, words: Words) -> list[str]:
     """The places in the grid, in its order; one empty name without a grid."""
-    return list(dict.fromkeys(place(cell["point"]) for cell in result["cells"]))
+    return list(dict.fromkeys(place(cell["point"], words) for cell in result["cells"]))
+
+
+def opening(result: Result, words: Words) -> str:
+    """The place that is shown first: where the first question looks at an arm, if anywhere."""
+    for question in result["questions"]:
+        for point in question["points"].values():
+            if (found := place(point, words)) in places(result, words):
+                return found
+    return places(result, words)[0]
 
 
 def curves(result: Result, words: Words) -> dict[str, Spec]:
     """A chart a quantity: all arms at one place in the grid."""
     drawn = {}
     for quantity in _quantities(result):
-        if rows := list(_rows(result, quantity, words)):
+        rows = list(_rows(result, quantity, words))
+        if len({row["x"] for row in rows}) > 1:  # a line has two ends
             drawn[quantity] = _curves(result, quantity, rows, words)
     return drawn
 
@@ -53,7 +66,12 @@ def _quantities(result: Result) -> list[str]:
     found = list(dict.fromkeys(name for cell in result["cells"] for name in cell["curves"]))
     if "epoch" in found:
         return [name for name in CURVES if name in found]
-    return found
+    return [name for name in found if name not in AXES and name not in UNIT | LAYER]
+
+
+def _axis(curves: Mapping[str, Any]) -> str | None:
+    """The curve that others are drawn against; None: they are in the order of measurement."""
+    return next((name for name in AXES if name in curves), None)
 
 
 def _rows(result: Result, quantity: str, words: Words) -> Iterator[dict[str, Any]]:
@@ -61,7 +79,7 @@ def _rows(result: Result, quantity: str, words: Words) -> Iterator[dict[str, Any
     called = labels(result, words)
     by_line: dict[tuple[str, str], list[tuple[int, dict[float, float]]]] = {}
     for cell in result["cells"]:
-        key = called[cell["arm"]], place(cell["point"])
+        key = called[cell["arm"]], place(cell["point"], words)
         by_line.setdefault(key, []).append((cell["seed"], _curve(cell, quantity)))
     for (arm, where), of_seeds in by_line.items():
         line = {"arm": arm, "place": where}
@@ -73,7 +91,7 @@ def _rows(result: Result, quantity: str, words: Words) -> Iterator[dict[str, Any
 
 def _curve(cell: dict[str, Any], quantity: str) -> dict[float, float]:
     values = cell["curves"].get(quantity, [])
-    axis = cell["curves"].get("epoch", range(len(values)))
+    axis = cell["curves"].get(_axis(cell["curves"]), range(len(values)))
     pairs = zip(axis, values, strict=True)
     return {rounded(x): rounded(y) for x, y in pairs if y is not None}
 
@@ -92,7 +110,7 @@ def _curves(result: Result, quantity: str, rows: list[dict[str, Any]], words: Wo
     called = labels(result, words)
     colour, dash = looks("arm", {called[name]: look for name, look in styles(result).items()})
     scale = alt.Scale(zero=False)
-    against = words("epoch") if "epoch" in result["cells"][0]["curves"] else words("step")
+    against = words.quantity(_axis(result["cells"][0]["curves"]) or "order")
     base = alt.Chart(data(rows)).encode(
         x=alt.X("x:Q", title=against),
         y=alt.Y("y:Q", title=None, scale=scale),
@@ -108,20 +126,24 @@ def _curves(result: Result, quantity: str, rows: list[dict[str, Any]], words: Wo
     mean = means.mark_line(aria=False, strokeWidth=2.2).encode(strokeDash=dash)
     layers = [band, thin.encode(strokeDash=dash, detail="seed:N"), mean]
     chart = alt.LayerChart(layer=layers).add_params(
-        alt.param(name="place", value=places(result)[0])
+        alt.param(name="place", value=opening(result, words))
     )
-    return finish(chart.properties(height=220), words.quantity(quantity), _ends(rows, words))
+    return finish(
+        chart.properties(height=220),
+        words.quantity(quantity),
+        _ends(rows, opening(result, words), words),
+    )
 
 
-def _ends(rows: list[dict[str, Any]], words: Words) -> str:
-    """Where the mean of each arm ends at the first place, in words."""
-    ends = {r["arm"]: r["y"] for r in rows if r["seed"] is None and r["place"] == rows[0]["place"]}
+def _ends(rows: list[dict[str, Any]], where: str, words: Words) -> str:
+    """Where the mean of each arm ends at the place that is shown first, in words."""
+    ends = {r["arm"]: r["y"] for r in rows if r["seed"] is None and r["place"] == where}
     return words("mean line") + " " + "; ".join(f"{arm}: {y:.3g}" for arm, y in ends.items())
 
 
 def heat(result: Result, words: Words) -> tuple[str, Spec] | None:
     """What is measured, and its mean over the seeds at every place in the grid; None without one."""
-    if len(places(result)) < 2:  # one place is no grid
+    if len(places(result, words)) < 2:  # one place is no grid
         return None
     quantity = next(
         name for name in ("test_accuracy", *result["cells"][0]["values"])
@@ -134,7 +156,7 @@ def heat(result: Result, words: Words) -> tuple[str, Spec] | None:
     base = alt.Chart(data(rows)).encode(
         x=alt.X("arm:N", title=None, sort=list(labels(result, words).values()),
                 axis=alt.Axis(labelAngle=0, orient="top", labelLimit=110)),
-        y=alt.Y("place:N", title=None, sort=places(result), axis=alt.Axis(labelLimit=150)),
+        y=alt.Y("place:N", title=None, sort=places(result, words), axis=alt.Axis(labelLimit=150)),
     )  # fmt: skip
     shades = alt.Scale(domain=[low, max(high, low + 1e-9)], range=SHADES, interpolate="rgb")
     cells = base.mark_rect(aria=False).encode(color=alt.Color("mean:Q", scale=shades, legend=None))
@@ -143,7 +165,9 @@ def heat(result: Result, words: Words) -> tuple[str, Spec] | None:
         text=alt.Text("mean:Q", format=".3~g"),
         color=alt.condition(dark, alt.value("#fff"), alt.value("#10202f")),
     )
-    chart = alt.LayerChart(layer=[cells, numbers]).properties(height=28 * len(places(result)))
+    chart = alt.LayerChart(layer=[cells, numbers]).properties(
+        height=28 * len(places(result, words))
+    )
     said = "; ".join(f"{r['arm']}, {r['place']}: {r['mean']:.3g}" for r in rows)
     return quantity, finish(chart, words.quantity(quantity), said)
 
@@ -153,7 +177,7 @@ def _means(result: Result, quantity: str, words: Words) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], list[float]] = {}
     for cell in result["cells"]:
         if (value := cell["values"].get(quantity)) is not None:
-            found.setdefault((called[cell["arm"]], place(cell["point"])), []).append(value)
+            found.setdefault((called[cell["arm"]], place(cell["point"], words)), []).append(value)
     return [
         {"arm": arm, "place": where, "mean": rounded(statistics.fmean(values))}
         for (arm, where), values in found.items()

@@ -15,6 +15,9 @@ PHRASES: dict[str, tuple[str, str]] = {
     "batch-noise": ("with BN and noise", "有批量归一化加噪声"),
     "batch-population": ("with population norm", "有总体统计量归一化"),
     "ghost": ("with ghost BN", "有 ghost 批量归一化"),
+    "ghost-16": ("with ghost BN of 16", "有每组 16 的 ghost 批量归一化"),
+    "ghost-64": ("with ghost BN of 64", "有每组 64 的 ghost 批量归一化"),
+    "ghost-256": ("with ghost BN of 256", "有每组 256 的 ghost 批量归一化"),
     "renorm": ("with batch renormalization", "有批量重归一化"),
     "estimator": ("with BN, debiased averages", "有批量归一化（去偏平均）"),
     "frozen": ("with frozen BN", "有冻结的批量归一化"),
@@ -273,11 +276,11 @@ PHRASES: dict[str, tuple[str, str]] = {
         "{waiting} cells to run ({done} are done), about {minutes:.1f} minutes on {workers} at once",
         "待运行 {waiting} 个单元（已完成 {done} 个），{workers} 个并行，约 {minutes:.1f} 分钟",
     ),
-    "power": (
+    "finds": (
         "{name}: finds an effect of {detectable:.2f} standard deviations of the per-seed differences in 80 of 100 cases",
         "{name}：效应为各种子差值标准差的 {detectable:.2f} 倍时，100 次中可发现 80 次",
     ),
-    "no power": (
+    "finds nothing": (
         "{name}: exploratory; with so few seeds and so many questions no verdict is possible (smallest p {smallest_p:.3f})",
         "{name}：仅为探索；种子太少、问题太多，无法得出结论（最小的 p 为 {smallest_p:.3f}）",
     ),
@@ -311,7 +314,66 @@ PHRASES: dict[str, tuple[str, str]] = {
     ),
     "variance_ratio": ("variance ratio", "方差比"),
     "recalibration_gain": ("gain of recalibration", "重新校准的提高"),
-    "step": ("measurement, in order", "测量次序"),
+    "learning_rate": ("learning rate", "学习率"),
+    "accuracy": ("test accuracy", "测试精度"),
+    "early_accuracy": ("test accuracy, early", "早期测试精度"),
+    "drift": ("drift of the median", "中位数的漂移"),
+    "power": ("power of the batch size", "批量大小的幂次"),
+    "pull": ("pull on the weights", "对权重的拉力"),
+    "excess_loss": ("loss above the population's", "超出总体统计量损失的部分"),
+    "growth": ("growth a layer", "每层的增长"),
+    "log_gradient": ("log of the gradient's size", "梯度大小的对数"),
+    "loss_range": ("range of the loss", "损失的变化范围"),
+    "loss_ranges": ("range of the loss", "损失的变化范围"),
+    "gradient_change": ("change of the gradient", "梯度的变化"),
+    "gradient_changes": ("change of the gradient", "梯度的变化"),
+    "training": ("in training", "训练时"),
+    "evaluation": ("in evaluation", "评估时"),
+    "plain": ("in evaluation, images as they are", "评估时，图片不变"),
+    "weight_spread": ("spread of the weights", "权重的分散程度"),
+    "bias_spread": ("spread of the biases", "偏置的分散程度"),
+    "pixels": ("from pixels as samples", "与以像素为样本之差"),
+    "images": ("from each image by itself", "与逐图归一化之差"),
+    "features": ("from features by hand", "与手算特征之差"),
+    "reloaded": ("test accuracy, reloaded", "重新载入后的测试精度"),
+    "with_gradients": ("test accuracy, gradients on", "开启梯度时的测试精度"),
+    "untrained_scale": ("scale before training", "训练前的倍数"),
+    "order": ("measurement, in order", "测量次序"),
+    "step": ("step", "步数"),
+    "depth": ("layer, from the input", "层，从输入数起"),
+    "batch_size": ("images in a batch", "批量大小"),
+    "moving heading": ("What goes into the last hidden layer", "最后一个隐藏层的输入"),
+    "until step": ("at step", "步"),
+    "at one step": ("All units, at one step", "所有单元，某一步"),
+    "into a unit": ("what goes into a unit", "单元的输入"),
+    "density": ("density", "密度"),
+    "moving text": (
+        (
+            "A bar reaches from one percentile to the next (1, 5, 15, 25, 35, 50, 65, 75, 85, 95, "
+            "99), and its area is the share of the values between them."
+        ),
+        (
+            "每个柱从一个百分位数到下一个（1、5、15、25、35、50、65、75、85、95、99），"
+            "面积为其间数值所占的比例。"
+        ),
+    ),
+    "all units": ("All units", "所有单元"),
+    "one unit": ("One unit, as in the paper", "一个单元，如论文所示"),
+    "fan text": (
+        (
+            "Over the whole training: the line is the median, the bands reach to the outer "
+            "percentiles (for one unit the 15th and 85th); the dashed line is the step above. "
+            "Percentiles are means over the seeds."
+        ),
+        (
+            "整个训练过程：线为中位数，带延伸到外侧的百分位数（单个单元为第 15 和第 85）；"
+            "虚线为上图所在的步。百分位数为各种子的均值。"
+        ),
+    ),
+    "fan label": (
+        "At the end {low:.3g} to {high:.3g}, the median {middle:.3g}.",
+        "结束时从 {low:.3g} 到 {high:.3g}，中位数 {middle:.3g}。",
+    ),
     "studies title": (
         "What is said of batch normalization, tested",
         "关于批量归一化的说法，逐条检验",

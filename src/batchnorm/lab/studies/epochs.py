@@ -11,7 +11,7 @@ OFTEN = {
     "held_out_images": 1_000,
     "recalibration_images": 500,
 }
-RATES = (1.0, 3.0, 10.0)
+RATES = (0.3, 1.0, 3.0)
 
 STUDY = Study(
     name="epochs",

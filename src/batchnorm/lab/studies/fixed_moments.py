@@ -9,6 +9,8 @@ from batchnorm.lab.study import Arm, Question, Size, Study, Text
 TRAINED: dict[str, Any] = {
     "data": "fashion-mnist", "train_images": 5_000, "epochs": 2, "learning_rate": 1.0,
 }  # fmt: skip
+# eps takes eps/2·var from the standard deviation: a hundredth where var is 5e-4
+PERCENT = 0.01
 LENET = Arm("lenet", Text("LeNet with BN", "有批量归一化的 LeNet"), {})
 SIZES = {
     "quick": Size(8, TRAINED | {"train_images": 2_000, "epochs": 1}),
@@ -34,7 +36,7 @@ STUDY = Study(
                 "训练时，无论图片的亮度和对比度如何，各通道的均值和标准差等于偏置和 |权重|，误差在 1% 以内。",
             ),
             Level("training", "lenet"),
-            Rule(high=0.01),
+            Rule(high=PERCENT),
         ),
         Question(
             "in-evaluation",
@@ -43,16 +45,16 @@ STUDY = Study(
                 "评估时也是如此。",
             ),
             Level("evaluation", "lenet"),
-            Rule(high=0.01),
+            Rule(high=PERCENT),
         ),
         Question(
             "learned",
             Text(
-                "Training gives the channels different weights (standard deviation above .01).",
-                "训练使各通道的权重各不相同（标准差大于 0.01）。",
+                "Training gives the channels different weights (all start from 1; standard deviation above .01).",
+                "训练使各通道的权重各不相同（起点都是 1；标准差大于 0.01）。",
             ),
             Level("weight_spread", "lenet"),
-            Rule(low=0.01),
+            Rule(low=PERCENT),
         ),
     ),
     function="batchnorm.lab.studies.probes:fixed_moments",

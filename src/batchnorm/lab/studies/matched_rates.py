@@ -6,6 +6,8 @@ from batchnorm.lab.studies import learning_rate
 from batchnorm.lab.studies._arms import WITH, WITHOUT
 from batchnorm.lab.study import Question, Study, Text
 
+# what 5,000 test images cannot tell from nothing (one-sided, 95%): 1.645 · √(.85 · .15 / 5,000)
+NOTHING = 0.01
 SMALL_RATE = At({"learning_rate": 0.1})
 
 STUDY = Study(
@@ -38,7 +40,7 @@ STUDY = Study(
             Gap(
                 Level("test_accuracy", "batch", SMALL_RATE), Level("test_accuracy", "none", Best())
             ),
-            Rule(high=0.01),
+            Rule(high=NOTHING),
         ),
         Question(
             "more-at-large-rates",

@@ -1,8 +1,8 @@
 """Everything frozen at its random start but weight and bias of the norms."""
 
-from batchnorm.lab.effects import Best, Level
+from batchnorm.lab.effects import LEARNED, Best, Level
 from batchnorm.lab.statistics import Rule
-from batchnorm.lab.studies._arms import FULL, QUICK, SMALL
+from batchnorm.lab.studies._arms import FULL, QUICK, SHORT
 from batchnorm.lab.study import Arm, Question, Size, Study, Text
 
 RATES = (1.0, 10.0)
@@ -24,18 +24,18 @@ STUDY = Study(
     ),
     sizes={
         "quick": Size(8, QUICK, {"learning_rate": (1.0,)}),
-        "normal": Size(10, SMALL, {"learning_rate": RATES}),
+        "normal": Size(10, SHORT, {"learning_rate": RATES}),
         "full": Size(20, FULL, {"learning_rate": RATES}),
     },
     questions=tuple(
         Question(
             network,
             Text(
-                f"{network}: a test accuracy above .3, three times chance.",
-                f"{network}：测试精度高于 0.3，即随机水平的三倍。",
+                f"{network}: a test accuracy above .5, halfway from chance to .9.",
+                f"{network}：测试精度高于 0.5，即随机水平与 0.9 的中点。",
             ),
             Level("test_accuracy", network, Best()),
-            Rule(low=0.3),
+            Rule(low=LEARNED),
         )
         for network in ("lenet", "resnet")
     ),

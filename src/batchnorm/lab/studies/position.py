@@ -5,7 +5,7 @@ from batchnorm.lab.statistics import Rule
 from batchnorm.lab.studies._arms import FULL, QUICK, SMALL, WITHOUT
 from batchnorm.lab.study import Arm, Question, Size, Study, Text
 
-RATES = (0.1, 1.0, 3.0, 10.0)
+RATES = (0.3, 1.0, 3.0)
 
 STUDY = Study(
     name="position",

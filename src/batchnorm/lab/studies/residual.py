@@ -2,7 +2,7 @@
 
 from batchnorm.lab.effects import Best, Difference, Reach
 from batchnorm.lab.statistics import Rule
-from batchnorm.lab.studies._arms import FULL, QUICK, SMALL, WITH, WITHOUT
+from batchnorm.lab.studies._arms import FULL, QUICK, SHORT, WITH, WITHOUT
 from batchnorm.lab.study import Question, Size, Study, Text
 
 NETWORK = {"network": "resnet", "initialization": "kaiming-normal"}
@@ -18,7 +18,7 @@ STUDY = Study(
     arms=(WITHOUT, WITH),
     sizes={
         "quick": Size(8, QUICK | NETWORK, {"learning_rate": (0.1, 1.0)}),
-        "normal": Size(10, SMALL | NETWORK, {"learning_rate": RATES}),
+        "normal": Size(10, SHORT | NETWORK, {"learning_rate": RATES}),
         "full": Size(20, FULL | NETWORK, {"learning_rate": (*RATES, 10.0)}),
     },
     questions=(
