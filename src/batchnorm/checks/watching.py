@@ -279,9 +279,9 @@ class _Judged:
 
 def _and(names: list[str], its_own: str) -> str:
     """Of copies."""
-    others = sorted(set(names) - {its_own})
     if not names:
         return ""
+    others = sorted({name.partition(" (")[0] for name in set(names) - {its_own}})
     return f" and {len(names)} like it" + (f" ({', '.join(others)})" if others else "")
 
 
