@@ -529,6 +529,51 @@ def test_the_normal_distribution_keeps_its_digits_in_double():
     torch.testing.assert_close(y[near], exact[near], rtol=4e-15, atol=0)
 
 
+EXTREMES = {
+    torch.float32: (-3.3e38, -1e30, -200.0, 200.0, 1e30, 3.3e38),
+    torch.float64: (-1.7e308, -1e300, -2000.0, 2000.0, 1e300, 1.7e308),
+}
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "silu", "gelu"])
+@pytest.mark.parametrize("dtype", EXTREMES)
+@pytest.mark.parametrize("layout", ["plane", "rows"])
+def test_the_largest_values_meet_limits_and_not_a_cut_exponential(activation, dtype, layout):
+    values = torch.tensor(EXTREMES[dtype], dtype=dtype)
+    x = values.reshape((1, 1, -1) if layout == "plane" else (-1, 1)).requires_grad_()
+    zero, one = torch.zeros(1, dtype=dtype), torch.ones(1, dtype=dtype)
+    y = batchnorm.batch_norm(x, zero, one, eps=0.0, activation=activation)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    values = values.double().requires_grad_()
+    expected = ACTIVATIONS[activation](values)
+    (slope,) = torch.autograd.grad(expected.sum(), values)
+    torch.testing.assert_close(y.flatten().double(), expected, rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(dx.flatten().double(), slope, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(8, 3, 20, 20), (64, 3)])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_in_evaluation_a_value_that_is_not_finite_has_no_part_in_the_gradient(dtype, shape, value):
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    x[0, 0] = value
+    x.requires_grad_()
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    running = torch.zeros(3, dtype=parameters), torch.full((3,), 4.0, dtype=parameters)
+    y = batchnorm.batch_norm(x, *running, eps=0.0)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(dx, torch.full_like(dx, 0.5))
+
+
+def test_a_default_device_is_not_that_of_the_statistics():
+    layer, x = batchnorm.BatchNorm2d(3), torch.randn(4, 3, 5, 5, requires_grad=True)
+    with torch.device("meta"):
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+        mean, _ = native.moments(x.detach())
+    assert {y.device.type, x.grad.device.type, mean.device.type} == {"cpu"}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_are_rounded_to_nearest_even(dtype):
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ when it is short of memory.
 """
 
 import os
+from operator import index
 
 import torch
 from torch import Tensor
@@ -31,22 +32,28 @@ def reuse_memory(limit: int) -> None:
     default a GiB is kept, or as many bytes as the environment variable BATCHNORM_MEMORY says.
 
     Args:
-        limit: bytes of idle memory, not of what is in use. What is more is returned to the system now.
+        limit: bytes of idle memory, not of what is in use; less than 32 MB keep none. What is more is
+            returned to the system now. With what is in use it is never more than the most that was.
 
     Raises:
         BatchNormError: a limit that is no whole number from 0.
     """
-    _check("reuse_memory", limit)
+    bound = _checked("reuse_memory", limit)
     if _cpu is not None:
-        _cpu.keep_at_most(limit)
+        _cpu.keep_at_most(bound if bound >= LARGE else 0)
 
 
-def _check(name: str, limit: object) -> None:
-    if not isinstance(limit, int) or not 0 <= limit < 2**63:
+def _checked(name: str, limit: object) -> int:
+    try:
+        bound = -1 if isinstance(limit, bool) else index(limit)  # type: ignore[arg-type]
+    except TypeError:
+        bound = -1
+    if not 0 <= bound < 2**63:
         raise BatchNormError(
             f"{name} got {limit!r} and wants the bytes to keep, a whole number from 0. "
             f"The default is {LIMIT}; 0 switches it off."
         )
+    return bound
 
 
 def _of_environment() -> int:
@@ -54,8 +61,7 @@ def _of_environment() -> int:
     if not given:
         return LIMIT
     limit = int(given) if given.isdecimal() else given
-    _check(f"the environment variable {VARIABLE}", limit)
-    return int(limit)
+    return _checked(f"the environment variable {VARIABLE}", limit)
 
 
 reuse_memory(_of_environment())

@@ -171,7 +171,7 @@ def forward(
     """y, and statistics: (3, C), the mean, biased variance and 1 / √(var + eps) that were used."""
     x, layout = _dense(x)
     y = memory.empty_like(x, DTYPES[x.dtype])
-    statistics = torch.empty((3, layout[2]), dtype=torch.float64) if kept else None
+    statistics = torch.empty((3, layout[2]), dtype=torch.float64, device="cpu") if kept else None
     if residual is not None:
         residual = _like(residual, x)
     _cpu.forward(
@@ -348,7 +348,7 @@ def batch_norm(
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """mean and var_biased: (C,), float64."""
     x, layout = _dense(x)
-    statistics = torch.empty((3, layout[2]), dtype=torch.float64)
+    statistics = torch.empty((3, layout[2]), dtype=torch.float64, device="cpu")
     _cpu.moments(
         DTYPES[x.dtype], *layout, torch.get_num_threads(), x.data_ptr(), statistics.data_ptr()
     )
@@ -370,9 +370,9 @@ def reduce_gradient(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor
     """Σ dy and Σ dy · (x − mean): (C,), float64."""
     x, layout = _dense(x)
     dy = _like(dy, x)
-    statistics = torch.ones((3, layout[2]), dtype=torch.float64)  # invstd 1: dweight is dot
+    statistics = torch.ones((3, layout[2]), dtype=torch.float64, device="cpu")  # invstd 1: dweight is dot
     statistics[0] = mean
-    dot, total = torch.empty((2, layout[2]), dtype=torch.float64)
+    dot, total = torch.empty((2, layout[2]), dtype=torch.float64, device="cpu")
     _cpu.backward(
         DTYPES[x.dtype], *layout, torch.get_num_threads(), x.data_ptr(), dy.data_ptr(), 0, 0, 0, 0,
         0, DTYPES[torch.float64], dot.data_ptr(), total.data_ptr(), statistics.data_ptr(), True, 0,

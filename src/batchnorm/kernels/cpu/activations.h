@@ -5,9 +5,16 @@
 
 constexpr double LEAKY_SLOPE = 0.01;
 
+// What e^x is beyond the exponents of a type: z · sigmoid(z) meets it with the largest z. Comparisons
+// are false for NaN, which stays.
+template <class A> inline Vector<A> beyond_exponents(Vector<A> found, Vector<A> x, A least, A most) {
+  found = select<A>(x > most, splat<A>(std::numeric_limits<A>::infinity()), found);
+  return select<A>(x < least, Vector<A>{}, found);
+}
+
 // e^x by 2^n · e^r, |r| ≤ ln 2 / 2, with a polynomial of least largest error; 1 ulp or so.
-inline Vector<float> exp_of(Vector<float> x) {
-  x = select<float>(x > 88.0f, splat(88.0f), x);  // the comparison is false for NaN, which stays
+inline Vector<float> exp_of(Vector<float> given) {
+  Vector<float> x = select<float>(given > 88.3f, splat(88.3f), given);
   x = select<float>(x < -87.0f, splat(-87.0f), x);
   const Vector<float> magic = splat(0x1.8p23f);
   const Vector<float> shifted = fma<float>(x, splat(1.44269504f), magic);
@@ -22,7 +29,7 @@ inline Vector<float> exp_of(Vector<float> x) {
   p = fma<float>(p, r, splat(5.0000001201e-1f));
   p = fma<float>(p, r * r, r) + 1.0f;
   const Words scale = (bits_as<Words>(shifted) << 23) + 0x3f800000;
-  return p * bits_as<Vector<float>>(scale);
+  return beyond_exponents<float>(p * bits_as<Vector<float>>(scale), given, -87.3f, 88.7f);
 }
 
 // The same in double, in its parts: e^x = 2^n · (1 + fraction). Taylor's series to r^13, of which
@@ -57,7 +64,8 @@ inline Exponential parts_of_exp(Vector<double> x) {
 
 inline Vector<double> exp_of(Vector<double> x) {
   const Exponential e = parts_of_exp(x);
-  return fma<double>(e.power, e.fraction, e.power);
+  const Vector<double> found = fma<double>(e.power, e.fraction, e.power);
+  return beyond_exponents<double>(found, x, -708.0, 709.7);
 }
 
 template <class A> inline Vector<A> sigmoid_of(Vector<A> z) { return A(1) / (A(1) + exp_of(-z)); }

@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 
+#include <limits>
 #include <type_traits>
 
 #if defined(__SSE2__)

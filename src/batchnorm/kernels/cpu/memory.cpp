@@ -52,6 +52,12 @@ struct Kept {
   std::mutex mutex;
   std::vector<Block> blocks;  // the oldest first
   std::size_t bytes = 0, limit = 0;
+  std::size_t used = 0, most_used = 0;  // by tensors
+
+  void use(std::size_t more) {
+    used += more;
+    if (used > most_used) most_used = used;
+  }
 
   // The smallest that is large enough and wastes no more than an eighth.
   Block find(std::size_t wanted) {
@@ -98,21 +104,30 @@ Block take(std::size_t bytes) {
   {
     const std::lock_guard<std::mutex> lock(pool().mutex);
     const Block block = pool().find(bytes);
+    pool().use(block.data ? block.bytes : bytes);
     if (block.data) return block;
+    // blocks of sizes that nobody asks for any more make room for this one
+    pool().shrink_to(pool().most_used - pool().used);
   }
-  const Block fresh = from_system(bytes);
+  Block fresh = from_system(bytes);
   if (fresh.data) return fresh;
   {
     const std::lock_guard<std::mutex> lock(pool().mutex);
     pool().shrink_to(0);
   }
-  return from_system(bytes);
+  fresh = from_system(bytes);
+  if (!fresh.data) {
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    pool().used -= bytes;
+  }
+  return fresh;
 }
 
 void give_back(Block block) {
   if (block.bytes <= most_kept()) lend_to_system(block);
   {
     const std::lock_guard<std::mutex> lock(pool().mutex);
+    pool().used -= block.bytes;
     if (block.bytes <= pool().limit) {
       pool().shrink_to(pool().limit - block.bytes);
       pool().blocks.push_back(block);

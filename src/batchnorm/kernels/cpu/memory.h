@@ -14,7 +14,8 @@ struct Block {
 // A block of at least `bytes`, kept or fresh; data is null where there is none to be had.
 Block take(std::size_t bytes);
 
-// Keep it for the next one, or return it to the system where more than the limit would be kept.
+// Keep it for the next one, or return it to the system where more than the limit would be kept. With
+// what is in use, what is kept is never more than the most that ever was in use.
 void give_back(Block block);
 
 // Keep at most so many bytes. None: nothing is handed out either.

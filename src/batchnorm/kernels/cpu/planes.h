@@ -261,7 +261,7 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Planes : Run<T, 
                 V g = take(dy + i, lanes), other{};
                 if constexpr (READS_EXTRA && !KEEPS) other = take(extra + i, lanes);
                 if constexpr (!KEEPS) g = Base::gradient(g, centred, scale, shift, other);
-                return fma<A>(g, scale, fma<A>(centred, steep, offset));
+                return input_gradient_of<A>(g, centred, scale, steep, offset);
               });
   }
 };

@@ -63,6 +63,14 @@ template <class A> inline Slope<A> slope_of(const Job& job, std::int64_t c) {
   return {static_cast<A>(scale), static_cast<A>(slope), static_cast<A>(offset)};
 }
 
+// In evaluation the slope is 0, and an x that is not finite has no part in its gradient.
+template <class A>
+inline Vector<A> input_gradient_of(Vector<A> g, Vector<A> centred, Vector<A> scale, Vector<A> slope,
+                                   Vector<A> offset) {
+  const Vector<A> rest = select<A>(slope == A(0), offset, fma<A>(centred, slope, offset));
+  return fma<A>(g, scale, rest);
+}
+
 inline void finish_moments(const Job& job, std::int64_t c, const Moments& moments) {
   job.mean[c] = moments.mean();
   job.var[c] = moments.squares / moments.count;

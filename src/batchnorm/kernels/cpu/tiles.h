@@ -411,7 +411,7 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Tiles : Run<T, A
         V g;
         if constexpr (KEEPS) g = take(s.gradient + i, lanes);
         else g = s.gradient_at(i, lanes, scale, shift, centred);
-        write(s.dx + i, fma<A>(g, scale, fma<A>(centred, slope, offset)), lanes, beyond);
+        write(s.dx + i, input_gradient_of<A>(g, centred, scale, slope, offset), lanes, beyond);
       }
     });
   }
