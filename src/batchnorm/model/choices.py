@@ -46,6 +46,9 @@ def put_on(layer: Any, choices: Choices) -> None:
     if choices.switches is None:
         return
     freeze_layer(layer, use=choices.switches.use, update=choices.switches.update, parameters=False)
+    # not what it finds now: another layer that holds the parameter may have frozen it
+    before = choices.switches.required_grad
+    layer._switches = layer._switches._replace(required_grad=before)  # noqa: SLF001  # our own
     for parameter, trained in zip((layer.weight, layer.bias), choices.trained, strict=True):
         if parameter is not None and trained is not None:
             parameter.requires_grad_(trained)

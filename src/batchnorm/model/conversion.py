@@ -21,7 +21,7 @@ from batchnorm.model.discovery import (
     fits,
     refuse_no_model,
 )
-from batchnorm.model.freezing import Frozen, freeze_layer
+from batchnorm.model.freezing import Frozen, agree, freeze_layer
 from batchnorm.model.mixing import Mixin, mix, unmix
 from batchnorm.variants.estimators import EstimatorBatchNorm
 from batchnorm.variants.frozen import FrozenBatchNorm
@@ -106,15 +106,22 @@ def convert(
         for name, layer in norms.items()
         if fits(name, pattern) or fits(name.partition(".domains.")[0], pattern)
     }
-    for layer in wanted.values():
-        try:
-            made[layer] = _converted(layer, to, options)
-        except _Left as reason:
-            why[layer] = str(reason)
+    given: dict[nn.Module, choices.Choices] = {}
+    try:
+        for layer in wanted.values():
+            try:
+                made[layer] = _converted(layer, to, options, given)
+            except _Left as reason:
+                why[layer] = str(reason)
+    except BaseException:
+        for norm, chosen in given.items():
+            choices.put_on(norm, chosen)
+        raise
     if to != "ours":  # now that nothing can be refused any more
         fusion.unfuse(model)
     _name(wanted, made, process_group)
     model = _replace(model, made)
+    agree(model)
     taken = fusion.fuse(model) if fuse else {}
     entries = []
     for name, layer in wanted.items():
@@ -219,8 +226,13 @@ def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module
     return made.get(model, model)
 
 
-def _converted(layer: Any, to: str, options: dict[str, Any]) -> nn.Module:
-    """The layer in the other kind, with what was chosen for it: freezing, float32, single values."""
+def _converted(
+    layer: Any, to: str, options: dict[str, Any], given: dict[nn.Module, choices.Choices]
+) -> nn.Module:
+    """The layer in the other kind, with what was chosen for it: freezing, float32, single values.
+
+    given: who gave its choices to another object is entered here.
+    """
     norm = layer.norm if isinstance(layer, SplitBatchNorm) else layer
     if isinstance(norm, Norm) and to == "frozen":
         return _to_frozen(norm)
@@ -234,6 +246,8 @@ def _converted(layer: Any, to: str, options: dict[str, Any]) -> nn.Module:
         raise
     for each in batch_norms(made).values():
         choices.put_on(each, chosen)
+    if made is not norm:
+        given[norm] = chosen
     return made
 
 
