@@ -245,6 +245,35 @@ def test_a_checkpoint_that_moves_nothing_needs_no_update_once(reentrant):
         torch.testing.assert_close(step(model, run), step(twin, lambda m, x: m(x)))
 
 
+@pytest.mark.parametrize("prepare", [lambda model: model, frozen_and_moving])
+@pytest.mark.parametrize("kind", ["renorm", "ours"])
+def test_update_once_holds_for_every_backward_pass(kind, prepare):
+    model, twin = prepare(block(kind)), prepare(block(kind))
+    inputs = [images().requires_grad_() for _ in range(2)]
+    outputs = checkpointed(model, inputs[0]).pow(3).mean(), twin(inputs[1]).pow(3).mean()
+    for y in outputs:
+        y.backward(retain_graph=True)
+        y.backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-12, atol=1e-12)
+    same_state(model, twin)
+
+
+@pytest.mark.parametrize("prepare", [frozen_and_moving, partial(batchnorm.convert, to="renorm")])
+def test_a_checkpoint_that_a_model_makes_itself_can_be_switched_off(prepare):
+    torchvision = pytest.importorskip("torchvision")
+    options = {"growth_rate": 4, "block_config": (2,), "num_init_features": 4, "num_classes": 2}
+    model = prepare(torchvision.models.DenseNet(**options, memory_efficient=True))
+    x, off = torch.randn(4, 3, 32, 32), "memory_efficient=False"
+    y = model(x)
+    with pytest.raises(BatchNormError, match=rf"{off}.* batchnorm\.freeze\(model\)"):
+        y.sum().backward()
+    other = prepare(torchvision.models.DenseNet(**options, memory_efficient=False))
+    other(x).sum().backward()
+    batchnorm.freeze(model)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_in_evaluation_a_checkpoint_changes_nothing():
     model, twin = block().eval(), block().eval()
 

@@ -8,8 +8,9 @@ Two switches of a layer, each by itself:
 A layer as torch makes it has use=False, update=True. `freeze` sets use=True, update=False.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -230,11 +231,33 @@ def update_once(
     (`RenormBatchNorm`, `freeze(update=True)`).
 
     Returns:
-        Two context managers, as `context_fn` wants them: of one pass, for it and its recomputation.
+        Two context managers, as `context_fn` wants them: of one pass, for it and its recomputations,
+        of which a graph that is retained (`backward(retain_graph=True)`) has several.
     """
     refuse_no_model(model, "update_once")
     met: dict[nn.Module, dict[str, Tensor]] = {}
-    return _remembered(model, met), _set_aside(model, met)
+    return _Anew(lambda: _remembered(model, met)), _Anew(lambda: _set_aside(model, met))
+
+
+class _Anew(AbstractContextManager[None]):
+    """A context of which each entry is a new one: a graph that is retained is recomputed each time."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self._make()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._entered.pop().__exit__(kind, error, trace)
 
 
 @contextmanager

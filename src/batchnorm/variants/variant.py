@@ -209,7 +209,9 @@ def refuse_recomputation(layer: nn.Module) -> None:
             f"{type(layer).__name__} is called again within the backward pass, as a checkpoint does, "
             "and its running statistics, which it normalizes with, have moved: the gradients would be "
             "wrong. Use checkpoint(block, x, use_reentrant=False, context_fn=lambda: "
-            "batchnorm.update_once(block)), or leave the norm out of the checkpoint."
+            "batchnorm.update_once(block)). Where a model makes the checkpoint itself, switch it off "
+            "(memory_efficient=False in torchvision's DenseNet), or let nothing move: "
+            "batchnorm.freeze(model)."
         )
 
 
