@@ -209,6 +209,19 @@ def test_frozen_and_back_is_told():
     assert model[0].weight.requires_grad
 
 
+def test_a_frozen_layer_takes_masks_and_axes_where_its_kind_does():
+    x, keep = torch.randn(4, 5, 3), torch.rand(4, 5) < 0.5
+    constants = batchnorm.FrozenBatchNorm(3)
+    constants.load_state_dict(network()[0].state_dict())
+    ours = batchnorm.convert(batchnorm.convert(network()), to="frozen").train()[0]
+    for layer in (constants, ours):
+        y = (x - constants.running_mean) / (constants.running_var + 1e-5).sqrt()
+        y = torch.where(keep[..., None], y * constants.weight + constants.bias, 0)
+        torch.testing.assert_close(layer(x, axis=-1, mask=keep), y)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+        batchnorm.convert(network(), to="frozen")[0](rows(), mask=torch.ones(8, dtype=torch.bool))
+
+
 def test_others_constants_follow_casts_and_say_so():
     torchvision = pytest.importorskip("torchvision")
     model = nn.Sequential(torchvision.ops.FrozenBatchNorm2d(3))

@@ -19,6 +19,12 @@ class Choices(NamedTuple):
     single: tuple[str | None] | None  # of a lenient one: its name, until it has been said
 
 
+def borne(layer: nn.Module) -> list[str]:
+    """The verbs that chose something for the layer."""
+    verbs = {"freeze": Frozen, "keep_float32": Float32, "single_values": Lenient}
+    return [verb for verb, mixin in verbs.items() if isinstance(layer, mixin)]
+
+
 def take_off(layer: Any) -> Choices:
     """The layer without its choices, in place."""
     affine = (getattr(layer, "weight", None), getattr(layer, "bias", None))

@@ -82,7 +82,8 @@ def convert(
         fuse: with "ours": let each layer also do the activation, or the residual sum and the
             activation, that stand behind it in its block's forward. Classes, modules, names and
             hooks stay; in training and in evaluation the outputs are the same. What the traced
-            graph does not prove safe stays as it is. `convert(model, to="torch")` undoes it.
+            graph does not prove safe stays as it is, and so do layers for which something was chosen
+            (`freeze`, `keep_float32`, `single_values`). `convert(model, to="torch")` undoes it.
         process_group: with "sync": the processes whose batch is one; None: all.
         options: of the family's members: ghost_size=, r_max=, domains= and so on; of "renorm"
             momentum=, too. Else the layer's momentum and its count of batches are kept: the warm-up
@@ -129,6 +130,8 @@ def convert(
             entries.append(Change(name, done=False, what=why[layer]))
         else:
             more = "".join(f", with {each}" for each in taken.get(made[layer], []))
+            if fuse and (verbs := choices.borne(made[layer])):
+                more = f", not fused: {', '.join(verbs)} chose a forward pass of its own for it"
             what = f"is now a {type(made[layer]).__name__}{more}{_told(layer, made[layer])}"
             entries.append(Change(name, done=True, what=what))
     facts = {"to": to, **({"fused": len(taken)} if fuse else {})}
