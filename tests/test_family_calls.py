@@ -107,6 +107,17 @@ def test_a_batch_that_a_mask_empties_does_not_count(kind, left):
         same_state(layer, twin)
 
 
+@TRAINED
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize(("left", "count"), [(1, 0), (2, 1)])
+def test_a_batch_counts_where_a_mask_leaves_a_channel_two_values(kind, axis, left, count):
+    layer, keep = made(kind), torch.zeros(9, 3, 5, 4, dtype=torch.bool)
+    keep[0, :, 0, 0] = keep[:left, 0, 0, 0] = True
+    layer(images().movedim(1, axis), mask=keep.movedim(1, axis), axis=axis)
+    counter = next(b for name, b in layer.named_buffers() if "num_batches" in name)
+    assert counter == count
+
+
 @pytest.mark.parametrize("kind", ["biased", "cumulative", "renorm", "average"])
 def test_a_channel_that_a_mask_empties_stays(kind):
     layer, twin = made(kind), made(kind)

@@ -63,10 +63,8 @@ class Forward(_BatchNorm):
         y = self._normalize(
             input, running_mean, running_var, True, residual, activation, mask, axis
         )
-        if counter is not None and mask is None:
-            counter.add_(1)
-        elif counter is not None:
-            counter.add_(masks.moves(*masks.counted(input, mask, axis)))
+        if counter is not None:
+            counter.add_(1 if mask is None else masks.leaves_two(mask, input, axis))
         return y
 
     def _normalize(

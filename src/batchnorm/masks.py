@@ -83,6 +83,14 @@ def moves(x: Tensor, keep: Tensor | None = None) -> Tensor | bool:
     return (count(keep) > 1).any()
 
 
+def leaves_two(mask: Tensor, x: Tensor, axis: int) -> Tensor:
+    """`moves`, of a mask that is known to fit: as it stands, without the views that `fit` makes."""
+    if mask.dim() < x.dim():
+        return mask.sum() > 1
+    places = [place for place in range(x.dim()) if place != axis % x.dim()]
+    return (mask.sum(places) > 1).any()
+
+
 def count(keep: Tensor) -> Tensor:
     """(N, 1 or C, *spatial) -> (1 or C,): the values that are left to each channel."""
     return keep.movedim(1, 0).flatten(1).sum(1)
