@@ -86,6 +86,15 @@ def test_a_mask_a_residual_and_an_activation_stand_as_the_input_does():
                 torch.testing.assert_close(y, z.movedim(1, -1))
 
 
+def test_a_norm_with_its_activation_takes_a_mask_on_every_axis():
+    layer = batchnorm.BatchNormAct1d(3, activation="sigmoid")
+    x, keep = torch.randn(4, 7, 3), torch.rand(4, 7) < 0.6
+    y = layer(x, mask=keep, axis=-1)
+    packed = torch.nn.functional.batch_norm(x[keep], None, None, training=True).sigmoid()
+    torch.testing.assert_close(y[keep], packed)
+    assert not y[~keep].any()
+
+
 def test_nothing_is_copied_of_what_is_contiguous(monkeypatch):
     seen = []
     kernel = batchnorm.kernels.batch_norm

@@ -122,6 +122,18 @@ def test_it_compiles_into_one_graph(kind, training):
     torch.testing.assert_close(layer.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+@EVERY
+def test_it_compiles_into_one_graph_for_every_batch_size(kind):
+    torch._dynamo.reset()
+    layer = made(kind).train()
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for samples in (8, 11, 13, 6):
+        x = torch.randn(samples, 3, 4, 4)
+        torch.testing.assert_close(compiled(x), twin(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["ghost", "renorm", "split"])
 def test_an_average_over_all_batches_compiles_into_one_graph(kind):
     layer = made(kind, momentum=None)

@@ -107,6 +107,17 @@ def test_a_batch_that_a_mask_empties_does_not_count(kind, left):
         same_state(layer, twin)
 
 
+@TRAINED
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize(("left", "count"), [(1, 0), (2, 1)])
+def test_a_batch_counts_where_a_mask_leaves_a_channel_two_values(kind, axis, left, count):
+    layer, keep = made(kind), torch.zeros(9, 3, 5, 4, dtype=torch.bool)
+    keep[0, :, 0, 0] = keep[:left, 0, 0, 0] = True
+    layer(images().movedim(1, axis), mask=keep.movedim(1, axis), axis=axis)
+    counter = next(b for name, b in layer.named_buffers() if "num_batches" in name)
+    assert counter == count
+
+
 @pytest.mark.parametrize("kind", ["biased", "cumulative", "renorm", "average"])
 def test_a_channel_that_a_mask_empties_stays(kind):
     layer, twin = made(kind), made(kind)
@@ -245,6 +256,35 @@ def test_a_checkpoint_that_moves_nothing_needs_no_update_once(reentrant):
         torch.testing.assert_close(step(model, run), step(twin, lambda m, x: m(x)))
 
 
+@pytest.mark.parametrize("prepare", [lambda model: model, frozen_and_moving])
+@pytest.mark.parametrize("kind", ["renorm", "ours"])
+def test_update_once_holds_for_every_backward_pass(kind, prepare):
+    model, twin = prepare(block(kind)), prepare(block(kind))
+    inputs = [images().requires_grad_() for _ in range(2)]
+    outputs = checkpointed(model, inputs[0]).pow(3).mean(), twin(inputs[1]).pow(3).mean()
+    for y in outputs:
+        y.backward(retain_graph=True)
+        y.backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-12, atol=1e-12)
+    same_state(model, twin)
+
+
+@pytest.mark.parametrize("prepare", [frozen_and_moving, partial(batchnorm.convert, to="renorm")])
+def test_a_checkpoint_that_a_model_makes_itself_can_be_switched_off(prepare):
+    torchvision = pytest.importorskip("torchvision")
+    options = {"growth_rate": 4, "block_config": (2,), "num_init_features": 4, "num_classes": 2}
+    model = prepare(torchvision.models.DenseNet(**options, memory_efficient=True))
+    x, off = torch.randn(4, 3, 32, 32), "memory_efficient=False"
+    y = model(x)
+    with pytest.raises(BatchNormError, match=rf"{off}.* batchnorm\.freeze\(model\)"):
+        y.sum().backward()
+    other = prepare(torchvision.models.DenseNet(**options, memory_efficient=False))
+    other(x).sum().backward()
+    batchnorm.freeze(model)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_in_evaluation_a_checkpoint_changes_nothing():
     model, twin = block().eval(), block().eval()
 
@@ -315,3 +355,81 @@ def test_a_freeze_knows_the_axis(kind):
     frozen = batchnorm.freeze(copy.deepcopy(layer))
     expected = copy.deepcopy(layer).eval()(images())
     torch.testing.assert_close(frozen(images().movedim(1, -1), axis=-1).movedim(-1, 1), expected)
+
+
+# what is no tensor, no mask, no axis
+
+
+KEEP = torch.ones(9, 5, 4, dtype=torch.bool)
+
+
+@EVERY
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("given", "options", "said"),
+    [
+        ([1.0], {}, r"got a list and wants a torch\.Tensor"),
+        ([1.0], {"axis": -1}, r"got a list and wants a torch\.Tensor"),
+        ([1.0], {"mask": KEEP}, r"got a list and wants a torch\.Tensor"),
+        (images().numpy(), {}, r"got a ndarray and wants a torch\.Tensor"),
+        (images(), {"mask": [True]}, r"got a list as mask and wants a torch\.Tensor|takes one in"),
+        (images(), {"axis": 2.0}, r"got axis=2\.0 for an input of shape \(9, 3, 5, 4\)"),
+        (images(), {"axis": "1"}, r"got axis='1' for an input"),
+        (images(), {"axis": 7, "mask": KEEP}, r"got axis=7 for an input"),
+    ],
+)
+def test_what_is_no_tensor_and_no_axis_is_said(kind, training, given, options, said):
+    layer = made(kind).train(training)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(BatchNormError, match=said):
+        layer(given, **options)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["ours", "sync", "renorm", "frozen"])
+def test_with_a_mask_an_axis_is_a_whole_number(kind):
+    with pytest.raises(BatchNormError, match=r"got axis=1\.0 .* a whole number"):
+        made(kind)(images(), mask=KEEP, axis=1.0)
+
+
+def test_a_layer_without_a_size_learns_none_from_an_axis_that_is_not_there():
+    layer = batchnorm.BatchNorm()
+    with pytest.raises(BatchNormError, match="got axis=7"):
+        layer(images(), axis=7)
+    assert layer(images().float()).shape == (9, 3, 5, 4)
+
+
+# a first batch over large old statistics
+
+
+def masked_call(layer, x):
+    layer(x, mask=torch.ones(x.shape[0], *x.shape[2:], dtype=torch.bool))
+
+
+def one_update_call(layer, x):
+    with batchnorm.one_update(layer):
+        layer(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("prepare", "call"),
+    [
+        (lambda layer: layer, masked_call),
+        (lambda layer: layer, one_update_call),
+        (frozen_and_moving, lambda layer, x: layer(x)),
+    ],
+    ids=["mask", "one_update", "frozen"],
+)
+def test_a_first_batch_replaces_large_old_statistics_in_all_digits(prepare, call, dtype):
+    layer = prepare(batchnorm.BatchNorm2d(3, momentum=None).to(dtype))
+    layer.running_mean.fill_(1e9)
+    layer.running_var.fill_(1e12)
+    x = images().to(dtype) * 0.01
+    call(layer, x)
+    # a sum of 180 values rounds 180 times, and their signs differ
+    rtol = 2 * 180 * torch.finfo(dtype).eps
+    values = x.double().movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(layer.running_mean.double(), values.mean(0), rtol=rtol, atol=0)
+    torch.testing.assert_close(layer.running_var.double(), values.var(0), rtol=rtol, atol=0)
+    assert layer.num_batches_tracked == 1

@@ -209,6 +209,19 @@ def test_frozen_and_back_is_told():
     assert model[0].weight.requires_grad
 
 
+def test_a_frozen_layer_takes_masks_and_axes_where_its_kind_does():
+    x, keep = torch.randn(4, 5, 3), torch.rand(4, 5) < 0.5
+    constants = batchnorm.FrozenBatchNorm(3)
+    constants.load_state_dict(network()[0].state_dict())
+    ours = batchnorm.convert(batchnorm.convert(network()), to="frozen").train()[0]
+    for layer in (constants, ours):
+        y = (x - constants.running_mean) / (constants.running_var + 1e-5).sqrt()
+        y = torch.where(keep[..., None], y * constants.weight + constants.bias, 0)
+        torch.testing.assert_close(layer(x, axis=-1, mask=keep), y)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+        batchnorm.convert(network(), to="frozen")[0](rows(), mask=torch.ones(8, dtype=torch.bool))
+
+
 def test_others_constants_follow_casts_and_say_so():
     torchvision = pytest.importorskip("torchvision")
     model = nn.Sequential(torchvision.ops.FrozenBatchNorm2d(3))
@@ -234,3 +247,68 @@ def test_renorm_keeps_a_trained_layer_s_count_and_momentum(options, momentum):
     assert ("the paper's: momentum=0.01" in account) == (momentum != 0.01)
     fresh = batchnorm.convert(network(), to="renorm")
     assert "5000 batches of warm-up after 0" in str(batchnorm.changes(fresh))
+
+
+def test_a_conversion_that_fails_gives_every_layer_its_choices_back():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, momentum=None))
+    batchnorm.keep_float32(batchnorm.single_values(model))
+    batchnorm.freeze(model, parameters=True)
+    classes, switches = [type(layer) for layer in model], [layer._switches for layer in model]
+    with pytest.raises(BatchNormError, match="momentum"):
+        batchnorm.convert(model, to="estimator", average="debiased")
+    assert [type(layer) for layer in model] == classes
+    assert [layer._switches for layer in model] == switches
+    is_frozen(nn.Sequential(model[0]))
+    keeps_float32(nn.Sequential(model[0]))
+    takes_one_value(batchnorm.unfreeze(copy.deepcopy(nn.Sequential(model[0]))))
+    assert [p.requires_grad for p in batchnorm.unfreeze(model).parameters()] == [True] * 4
+
+
+def tied():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
+    return model
+
+
+def frozen_one_by_one(model):
+    for layer in batch_norms(model).values():
+        batchnorm.freeze(layer, parameters=True)
+
+
+FREEZING = {
+    "at once": lambda model: batchnorm.freeze(model, parameters=True),
+    "twice": lambda model: batchnorm.freeze(
+        batchnorm.freeze(model, parameters=True), parameters=True
+    ),
+    "one by one": frozen_one_by_one,
+    "converted": lambda model: batchnorm.convert(model, to="frozen"),
+}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("how", FREEZING)
+@pytest.mark.parametrize(
+    "make",
+    [tied, lambda: batchnorm.convert(network(), to="split", domains=("a", "b"), shared=True)],
+    ids=["tied", "split"],
+)
+def test_a_shared_weight_trains_again_when_unfrozen(make, how, trained):
+    model = make()
+    weight, bias = model.parameters()
+    bias.requires_grad_(trained)
+    FREEZING[how](model)
+    assert not weight.requires_grad
+    assert not bias.requires_grad
+    batchnorm.unfreeze(copy.deepcopy(model))
+    assert not weight.requires_grad
+    batchnorm.unfreeze(model)
+    assert weight.requires_grad
+    assert bias.requires_grad == trained
+
+
+def test_a_shared_weight_trains_again_after_a_conversion():
+    model = batchnorm.freeze(network(), parameters=True)
+    batchnorm.convert(model, to="split", domains=("a", "b"), shared=True)
+    assert not any(p.requires_grad for p in model.parameters())
+    batchnorm.unfreeze(model)
+    assert all(p.requires_grad for p in model.parameters())

@@ -338,6 +338,18 @@ def test_arguments_of_several_types(calls):
     assert calls[-1] == (False, None)
 
 
+@pytest.mark.parametrize("verb", ["freeze", "keep_float32", "single_values"])
+def test_a_layer_for_which_something_was_chosen_is_left_and_told(verb):
+    model = getattr(batchnorm, verb)(Block().double(), pattern="bn1")
+    twin = copy.deepcopy(model)
+    batchnorm.convert(model, fuse=True)
+    told = {change.layer: change.what for change in batchnorm.changes(model).entries}
+    assert f"not fused: {verb} chose a forward pass of its own" in told["bn1"]
+    assert told["bn2"].endswith("with a residual sum, with relu")
+    assert batchnorm.changes(model).facts["fused"] == 1
+    same(model, twin, images(dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
     "activation", [None, "relu", "sigmoid", "tanh", "silu", "gelu", "hardswish"]

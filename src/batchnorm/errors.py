@@ -10,6 +10,14 @@ class BatchNormError(ValueError, RuntimeError):
     """
 
 
+def no_tensor(who: str, given: object) -> BatchNormError:
+    """To raise where a tensor should be."""
+    return BatchNormError(
+        f"{who} got a {type(given).__name__} and wants a torch.Tensor, (N, C, *spatial). Convert it "
+        "with torch.as_tensor."
+    )
+
+
 def brief(error: BaseException) -> str:
     """What an exception says, in a line."""
     first_line = str(error).strip().partition("\n")[0].removesuffix(".")

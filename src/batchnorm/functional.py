@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import kernels, masks
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, no_tensor
 from batchnorm.kernels.activations import ACTIVATIONS
 
 
@@ -94,6 +94,7 @@ def batch_norm(
     if residual is not None and residual.shape != input.shape:
         _check_residual(input, residual)
     if mask is not None:
+        masks.check_axis("batch_norm", input, axis)  # 1.0 == 1
         return masks.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual,
             activation, masks.fit(mask, input),
@@ -127,11 +128,9 @@ def _along(
     activation: str | None,
 ) -> Tensor:
     """The channels on axis 1 of a view, and the outputs back in the input's shape."""
-    if x.dim() < 2 or not -x.dim() <= axis < x.dim():
-        raise BatchNormError(
-            f"batch_norm got axis={axis} for an input of shape {tuple(x.shape)} and wants an axis of "
-            "an input of rank 2 or more, such as -1 for (N, L, C)."
-        )
+    if not isinstance(x, Tensor):
+        raise no_tensor("batch_norm", x)
+    masks.check_axis("batch_norm", x, axis)
     axis %= x.dim()
     check_channels(x, running_mean, running_var, weight, bias, axis)
     if residual is not None:
@@ -162,7 +161,11 @@ def channels_on_axis_1(x: Tensor, axis: int, *, flat: bool) -> Tensor:
 
 
 def _check_input(x: Tensor, training: bool) -> None:
-    if x.dim() < 2 and x.shape != (0,):  # which torch lets through
+    try:  # costs nothing: this runs on every call
+        rank = x.dim()
+    except AttributeError:
+        raise no_tensor("batch_norm", x) from None
+    if rank < 2 and x.shape != (0,):  # which torch lets through
         raise BatchNormError(
             f"batch_norm got an input of shape {tuple(x.shape)} and wants (N, C, *spatial), rank 2 "
             "or more. Add the batch axis with input[None], the channel axis with input[:, None]."
@@ -172,7 +175,7 @@ def _check_input(x: Tensor, training: bool) -> None:
             f"batch_norm got an input of dtype {x.dtype} and wants a floating one. "
             "Convert it with input.float()."
         )
-    channels = x.shape[1] if x.dim() > 1 else 0
+    channels = x.shape[1] if rank > 1 else 0
     # the first condition is cheap, and rarely true
     if training and x.numel() == channels and math.prod(x.shape[2:], start=x.shape[0]) == 1:
         raise BatchNormError(

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm import masks
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, no_tensor
 from batchnorm.functional import batch_norm
 from batchnorm.kernels.activations import ACTIVATIONS
 
@@ -63,10 +63,8 @@ class Forward(_BatchNorm):
         y = self._normalize(
             input, running_mean, running_var, True, residual, activation, mask, axis
         )
-        if counter is not None and mask is None:
-            counter.add_(1)
-        elif counter is not None:
-            counter.add_(masks.moves(*masks.counted(input, mask, axis)))
+        if counter is not None:
+            counter.add_(1 if mask is None else masks.leaves_two(mask, input, axis))
         return y
 
     def _normalize(
@@ -131,7 +129,10 @@ class Forward(_BatchNorm):
         return y
 
     def _check_input_dim(self, input: Tensor) -> None:
-        rank = input.dim()
+        try:  # costs nothing: this runs on every call
+            rank = input.dim()
+        except AttributeError:
+            raise no_tensor(type(self).__name__, input) from None
         if rank in self._ranks or (not self._ranks and rank >= 2):
             return
         wanted = "D or ".join(map(str, self._ranks)) + "D" if self._ranks else "2D or more"
@@ -321,7 +322,7 @@ class BatchNormAct(nn.Module):
         y: Tensor = self.norm(input, mask=mask, axis=axis)
         y = y if residual is None else y + residual
         y = y if self.activation is None else ACTIVATIONS[self.activation](y)
-        return y if mask is None else torch.where(masks.fit(mask, input, axis), y, 0)
+        return y if mask is None else torch.where(masks.fit(mask, input, axis % input.dim()), y, 0)
 
     def extra_repr(self) -> str:
         """The activation."""
@@ -384,6 +385,7 @@ class _BatchNormWithoutSize(_LazyNormBase, BatchNorm):
     ) -> None:
         del mask
         self._check_input_dim(input)
+        masks.check_axis("BatchNorm", input, axis)
         super().initialize_parameters(input.movedim(axis, 1))
         # torch sets it only where something was uninitialized: not after a state dict was loaded
         self.num_features = input.shape[axis] if self.weight is None else self.weight.numel()

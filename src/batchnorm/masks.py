@@ -66,8 +66,10 @@ def update_running(
     var_unbiased = squares / (count - 1).clamp(min=1)
     for running, batch in ((running_mean, mean), (running_var, var_unbiased)):
         if running is not None:
-            # in the wider dtype: the step of a half-precision average may be less than its digit
-            moved = running + momentum * (batch - running)
+            # in the wider dtype: the step of a half-precision average may be less than its digit;
+            # not by a difference, which would cost the digits of a batch that is small beside it
+            old = running.to(torch.promote_types(running.dtype, batch.dtype))
+            moved = (1 - momentum) * old + momentum * batch
             running.copy_(torch.where(known, moved, running))
 
 
@@ -81,6 +83,14 @@ def moves(x: Tensor, keep: Tensor | None = None) -> Tensor | bool:
     return (count(keep) > 1).any()
 
 
+def leaves_two(mask: Tensor, x: Tensor, axis: int) -> Tensor:
+    """`moves`, of a mask that is known to fit: as it stands, without the views that `fit` makes."""
+    if mask.dim() < x.dim():
+        return mask.sum() > 1
+    places = [place for place in range(x.dim()) if place != axis % x.dim()]
+    return (mask.sum(places) > 1).any()
+
+
 def count(keep: Tensor) -> Tensor:
     """(N, 1 or C, *spatial) -> (1 or C,): the values that are left to each channel."""
     return keep.movedim(1, 0).flatten(1).sum(1)
@@ -90,6 +100,7 @@ def counted(x: Tensor, mask: Tensor | None = None, axis: int = 1) -> tuple[Tenso
     """x with its channels on axis 1 and the mask in its rank: what a layer's call is about."""
     if mask is None and axis == 1:
         return x, None
+    check_axis("batch_norm", x, axis)
     keep = None if mask is None else fit(mask, x, axis % x.dim()).movedim(axis, 1)
     return x.movedim(axis, 1), keep
 
@@ -124,6 +135,11 @@ def fit(mask: Tensor, x: Tensor, axis: int = 1) -> Tensor:
     mask: x's shape without the channel axis, or x's rank with 1 or C channels. It is never
     right-aligned: which samples a shorter mask means would be a guess.
     """
+    if not isinstance(mask, Tensor):
+        raise BatchNormError(
+            f"batch_norm got a {type(mask).__name__} as mask and wants a torch.Tensor of dtype "
+            "torch.bool, True where a value counts. Convert it with torch.as_tensor."
+        )
     shape = list(x.shape)
     places = shape[:axis] + shape[axis + 1 :]
     per_channel = mask.dim() == x.dim() and mask.shape[axis] in {1, shape[axis]}
@@ -139,3 +155,12 @@ def fit(mask: Tensor, x: Tensor, axis: int = 1) -> Tensor:
             "lengths: torch.arange(T) < lengths[:, None]."
         )
     return mask if per_channel else mask.unsqueeze(axis)
+
+
+def check_axis(who: str, x: Tensor, axis: int) -> None:
+    """The input has such an axis."""
+    if x.dim() < 2 or not hasattr(axis, "__index__") or not -x.dim() <= axis < x.dim():
+        raise BatchNormError(
+            f"{who} got axis={axis!r} for an input of shape {tuple(x.shape)} and wants an axis of "
+            "an input of rank 2 or more, a whole number such as -1 for (N, L, C)."
+        )

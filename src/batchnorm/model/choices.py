@@ -19,6 +19,12 @@ class Choices(NamedTuple):
     single: tuple[str | None] | None  # of a lenient one: its name, until it has been said
 
 
+def borne(layer: nn.Module) -> list[str]:
+    """The verbs that chose something for the layer."""
+    verbs = {"freeze": Frozen, "keep_float32": Float32, "single_values": Lenient}
+    return [verb for verb, mixin in verbs.items() if isinstance(layer, mixin)]
+
+
 def take_off(layer: Any) -> Choices:
     """The layer without its choices, in place."""
     affine = (getattr(layer, "weight", None), getattr(layer, "bias", None))
@@ -46,6 +52,9 @@ def put_on(layer: Any, choices: Choices) -> None:
     if choices.switches is None:
         return
     freeze_layer(layer, use=choices.switches.use, update=choices.switches.update, parameters=False)
+    # not what it finds now: another layer that holds the parameter may have frozen it
+    before = choices.switches.required_grad
+    layer._switches = layer._switches._replace(required_grad=before)  # noqa: SLF001  # our own
     for parameter, trained in zip((layer.weight, layer.bias), choices.trained, strict=True):
         if parameter is not None and trained is not None:
             parameter.requires_grad_(trained)

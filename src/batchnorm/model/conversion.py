@@ -21,7 +21,7 @@ from batchnorm.model.discovery import (
     fits,
     refuse_no_model,
 )
-from batchnorm.model.freezing import Frozen, freeze_layer
+from batchnorm.model.freezing import Frozen, agree, freeze_layer
 from batchnorm.model.mixing import Mixin, mix, unmix
 from batchnorm.variants.estimators import EstimatorBatchNorm
 from batchnorm.variants.frozen import FrozenBatchNorm
@@ -82,7 +82,8 @@ def convert(
         fuse: with "ours": let each layer also do the activation, or the residual sum and the
             activation, that stand behind it in its block's forward. Classes, modules, names and
             hooks stay; in training and in evaluation the outputs are the same. What the traced
-            graph does not prove safe stays as it is. `convert(model, to="torch")` undoes it.
+            graph does not prove safe stays as it is, and so do layers for which something was chosen
+            (`freeze`, `keep_float32`, `single_values`). `convert(model, to="torch")` undoes it.
         process_group: with "sync": the processes whose batch is one; None: all.
         options: of the family's members: ghost_size=, r_max=, domains= and so on; of "renorm"
             momentum=, too. Else the layer's momentum and its count of batches are kept: the warm-up
@@ -106,15 +107,22 @@ def convert(
         for name, layer in norms.items()
         if fits(name, pattern) or fits(name.partition(".domains.")[0], pattern)
     }
-    for layer in wanted.values():
-        try:
-            made[layer] = _converted(layer, to, options)
-        except _Left as reason:
-            why[layer] = str(reason)
+    given: dict[nn.Module, choices.Choices] = {}
+    try:
+        for layer in wanted.values():
+            try:
+                made[layer] = _converted(layer, to, options, given)
+            except _Left as reason:
+                why[layer] = str(reason)
+    except BaseException:
+        for norm, chosen in given.items():
+            choices.put_on(norm, chosen)
+        raise
     if to != "ours":  # now that nothing can be refused any more
         fusion.unfuse(model)
     _name(wanted, made, process_group)
     model = _replace(model, made)
+    agree(model)
     taken = fusion.fuse(model) if fuse else {}
     entries = []
     for name, layer in wanted.items():
@@ -122,6 +130,8 @@ def convert(
             entries.append(Change(name, done=False, what=why[layer]))
         else:
             more = "".join(f", with {each}" for each in taken.get(made[layer], []))
+            if fuse and (verbs := choices.borne(made[layer])):
+                more = f", not fused: {', '.join(verbs)} chose a forward pass of its own for it"
             what = f"is now a {type(made[layer]).__name__}{more}{_told(layer, made[layer])}"
             entries.append(Change(name, done=True, what=what))
     facts = {"to": to, **({"fused": len(taken)} if fuse else {})}
@@ -219,8 +229,13 @@ def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module
     return made.get(model, model)
 
 
-def _converted(layer: Any, to: str, options: dict[str, Any]) -> nn.Module:
-    """The layer in the other kind, with what was chosen for it: freezing, float32, single values."""
+def _converted(
+    layer: Any, to: str, options: dict[str, Any], given: dict[nn.Module, choices.Choices]
+) -> nn.Module:
+    """The layer in the other kind, with what was chosen for it: freezing, float32, single values.
+
+    given: who gave its choices to another object is entered here.
+    """
     norm = layer.norm if isinstance(layer, SplitBatchNorm) else layer
     if isinstance(norm, Norm) and to == "frozen":
         return _to_frozen(norm)
@@ -234,6 +249,8 @@ def _converted(layer: Any, to: str, options: dict[str, Any]) -> nn.Module:
         raise
     for each in batch_norms(made).values():
         choices.put_on(each, chosen)
+    if made is not norm:
+        given[norm] = chosen
     return made
 
 

@@ -143,7 +143,7 @@ class _Gathered:
             (layer.running_mean, moments.mean),
             (layer.running_var, moments.var_unbiased),
         ):
-            running.copy_(running + (share or 0.0) * (batch - running))
+            running.copy_(running.to(batch).lerp(batch, share or 0.0))
 
 
 def _together(layer: Any, count: int) -> int:

@@ -8,8 +8,9 @@ Two switches of a layer, each by itself:
 A layer as torch makes it has use=False, update=True. `freeze` sets use=True, update=False.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -144,6 +145,7 @@ def freeze(
         Change(name, done=False, what=f"a {type(constant).__name__} is frozen for good")
         for name, constant in constant_norms(model).items()
     ]
+    agree(model)
     return account.record(model, "freeze", entries)
 
 
@@ -154,6 +156,7 @@ def unfreeze(model: nn.Module, pattern: str | Sequence[str] = "*") -> nn.Module:
     counter were never touched.
     """
     refuse_no_model(model, "unfreeze")
+    agree(model)  # the layers may have been frozen by several calls
     entries = []
     for name, layer in matching(model, pattern):
         done = isinstance(layer, Frozen)
@@ -189,6 +192,7 @@ def freeze_like(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
             )
         freeze_layer(layers[name], **switches, parameters=False)
         entries.append(Change(name, done=True, what="frozen as in the state dict"))
+    agree(model)
     return account.record(model, "freeze_like", entries)
 
 
@@ -227,11 +231,33 @@ def update_once(
     (`RenormBatchNorm`, `freeze(update=True)`).
 
     Returns:
-        Two context managers, as `context_fn` wants them: of one pass, for it and its recomputation.
+        Two context managers, as `context_fn` wants them: of one pass, for it and its recomputations,
+        of which a graph that is retained (`backward(retain_graph=True)`) has several.
     """
     refuse_no_model(model, "update_once")
     met: dict[nn.Module, dict[str, Tensor]] = {}
-    return _remembered(model, met), _set_aside(model, met)
+    return _Anew(lambda: _remembered(model, met)), _Anew(lambda: _set_aside(model, met))
+
+
+class _Anew(AbstractContextManager[None]):
+    """A context of which each entry is a new one: a graph that is retained is recomputed each time."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self._make()
+        context.__enter__()
+        self._entered.append(context)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._entered.pop().__exit__(kind, error, trace)
 
 
 @contextmanager
@@ -280,6 +306,23 @@ def freeze_layer(layer: Norm, *, use: bool, update: bool, parameters: bool) -> N
             if parameter is not None:
                 parameter.requires_grad_(False)
     return layer.train(training)
+
+
+def agree(model: nn.Module) -> None:
+    """Let frozen layers that hold one parameter remember the same of it: it required a gradient or not.
+
+    Of a shared weight the first layer found what it was, the others what the first had made of it.
+    """
+    frozen = [layer for layer in batch_norms(model).values() if isinstance(layer, Frozen)]
+    before: dict[nn.Parameter, bool] = {}
+    for layer in frozen:
+        affine = (layer.weight, layer.bias)
+        for parameter, required in zip(affine, layer._switches.required_grad, strict=True):  # noqa: SLF001  # our own
+            if parameter is not None and required is not None:
+                before[parameter] = required or before.get(parameter, False)
+    for layer in frozen:
+        known = tuple(None if p is None else before.get(p) for p in (layer.weight, layer.bias))
+        layer._switches = layer._switches._replace(required_grad=known)  # noqa: SLF001  # our own
 
 
 def thaw(layer: Norm) -> None:

@@ -127,7 +127,8 @@ LARGE = {"cpu": 2**14, "cuda": 2**22}
 
 def _parts(x: Tensor, groups: int) -> list[tuple[Tensor, int]]:
     """x cut into parts of one or more groups of one size: the groups that take one of the rest first."""
-    samples, rest = divmod(len(x), groups)
+    samples = len(x) // groups
+    rest = len(x) - samples * groups  # divmod would break the graph of a compiled layer
     if samples * x[:1].numel() >= LARGE.get(x.device.type, LARGE["cuda"]):
         sizes = [samples + 1] * rest + [samples] * (groups - rest)
         return [(part, 1) for part in x.split(sizes)]

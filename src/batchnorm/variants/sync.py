@@ -99,6 +99,7 @@ class SyncBatchNorm(Forward):
         if not (self.training and several(self.process_group)):
             return super().normalize(input, residual, activation, mask, axis)
         self._check_input_dim(input)
+        masks.check_axis(type(self).__name__, input, axis)
         check_channels(
             input, self.running_mean, self.running_var, self.weight, self.bias, axis % input.dim()
         )

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from batchnorm import masks
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, no_tensor
 from batchnorm.functional import batch_norm
 
 
@@ -37,7 +37,7 @@ class Variant(_NormBase):
             leaf: Tensor = as_leaf(self, input, mask, axis)
             return leaf
         check_rank(self, input, self.ranks)
-        check_axis(self, input, axis)
+        masks.check_axis(type(self).__name__, input, axis)
         if input.shape[axis] != self.num_features:
             raise BatchNormError(
                 f"{type(self).__name__}({self.num_features}) got {input.shape[axis]} channels in an "
@@ -178,6 +178,8 @@ def take(made: _NormBase, norm: _NormBase) -> None:
 
 def check_rank(layer: nn.Module, x: Tensor, ranks: tuple[int, ...]) -> None:
     """The rank of an input is one that the layer takes."""
+    if not isinstance(x, Tensor):
+        raise no_tensor(type(layer).__name__, x)
     if x.dim() in ranks or (not ranks and x.dim() >= 2):
         return
     wanted = "D or ".join(map(str, ranks)) + "D" if ranks else "2D or more"
@@ -186,15 +188,6 @@ def check_rank(layer: nn.Module, x: Tensor, ranks: tuple[int, ...]) -> None:
         f"{tuple(x.shape)}). Add the batch axis with input[None], or build the layer anew: it then "
         "takes any rank from 2."
     )
-
-
-def check_axis(layer: nn.Module, x: Tensor, axis: int) -> None:
-    """The input has such an axis."""
-    if not -x.dim() <= axis < x.dim():
-        raise BatchNormError(
-            f"{type(layer).__name__} got axis={axis} for an input of shape {tuple(x.shape)} and wants "
-            "one of its axes, such as -1 for (N, L, C)."
-        )
 
 
 SET_ASIDE: set[nn.Module] = set()  # the layers whose statistics are a copy at the moment
@@ -209,7 +202,9 @@ def refuse_recomputation(layer: nn.Module) -> None:
             f"{type(layer).__name__} is called again within the backward pass, as a checkpoint does, "
             "and its running statistics, which it normalizes with, have moved: the gradients would be "
             "wrong. Use checkpoint(block, x, use_reentrant=False, context_fn=lambda: "
-            "batchnorm.update_once(block)), or leave the norm out of the checkpoint."
+            "batchnorm.update_once(block)). Where a model makes the checkpoint itself, switch it off "
+            "(memory_efficient=False in torchvision's DenseNet), or let nothing move: "
+            "batchnorm.freeze(model)."
         )
 
 
