@@ -148,6 +148,17 @@ def test_products_beyond_float_s_range(pool):
 
 
 @pytest.mark.parametrize("pool", POOLS)
+def test_what_is_behind_the_last_element_is_not_summed(pool):
+    x = torch.full((2, 1, 2, 2), 3e38)  # 0 in a vector's lanes behind it, where z is −∞ and g NaN
+    bias = torch.ones(1, requires_grad=True)
+    statistics = torch.full((1,), 3e38), torch.full((1,), 1e-4)
+    y = batchnorm.batch_norm(x, *statistics, None, bias, activation="silu", pool=pool)
+    y.sum().backward()
+    sigmoid = torch.tensor([1.0]).sigmoid()
+    torch.testing.assert_close(bias.grad, 2 * sigmoid * (2 - sigmoid), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("pool", POOLS)
 def test_threads_make_no_difference_beyond_rounding(pool):
     before, found = torch.get_num_threads(), []
     try:

@@ -212,14 +212,12 @@ template <Activation ACTIVATION, bool MAXIMUM> struct Pooling {
     const V high = splat(affine.high), scale = splat(affine.scale), shift = splat(affine.shift);
     V sum{}, dot{};
     const auto add = [&](std::int64_t i, int lanes) {
-      V centred = take(x + i, lanes) - high, y{};
+      const V centred = take(x + i, lanes) - high;
+      V y{};
       if constexpr (R::READS_EXTRA) y = R::forward(take(x + i, lanes), high, scale, shift, V{});
-      V g = R::gradient(take(dy + i, lanes), centred, scale, shift, y);
+      // behind the last lane dy is 0, and g is; or NaN where z overflows, and the sums are made anew
+      const V g = R::gradient(take(dy + i, lanes), centred, scale, shift, y);
       put(gradient + i, g, lanes);
-      if (lanes < L) {
-        g = first<float>(g, lanes);
-        centred = first<float>(centred, lanes);
-      }
       sum += g;
       dot = fma<float>(g, centred, dot);
     };
