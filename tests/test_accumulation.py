@@ -107,6 +107,18 @@ def test_fused_and_in_place(act):
         assert_the_large_batch(network(act=lambda: act(inplace=True)), [3, 3])
 
 
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(2)])
+def test_fused_with_a_pooling(pool):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), pool, nn.Flatten(), nn.Linear(24, 5)
+    ).double()
+    large = copy.deepcopy(model)
+    batchnorm.convert(model, fuse=True)
+    assert "pooling" in str(batchnorm.changes(model))
+    assert_the_large_batch(model, [2, 1, 3], large=large)
+
+
 def test_a_resnet():
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=5).double()

@@ -21,9 +21,9 @@ def calls(monkeypatch):
     """What the fused calls were given: (a residual, the activation)."""
     found = []
 
-    def normalize(self, input, residual=None, activation=None, *mask_and_axis):
-        found.append((residual is not None, activation))
-        return batch_norm(self, input, residual, activation, *mask_and_axis)
+    def normalize(self, input, residual=None, activation=None, *mask_and_axis, pool=None):
+        found.append((residual is not None, activation) if pool is None else (activation, pool))
+        return batch_norm(self, input, residual, activation, *mask_and_axis, pool=pool)
 
     batch_norm = batchnorm.layers.Forward.normalize
     monkeypatch.setattr(batchnorm.layers.Forward, "normalize", normalize)
@@ -402,3 +402,100 @@ def test_wrong_arguments_are_said():
             batchnorm.batch_norm(x, None, None, training=True, residual=torch.zeros(shape))
     with pytest.raises(BatchNormError, match='only "ours" can be fused'):
         batchnorm.convert(Block(), "torch", fuse=True)
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool, norm=None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4) if norm is None else norm
+        self.act = nn.Sigmoid()
+        self.pool = pool
+
+    def forward(self, x):
+        return self.pool(self.act(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    ("pool", "name"),
+    [
+        (nn.AvgPool2d(2), "avg"),
+        (nn.AvgPool2d((2, 2), stride=2, count_include_pad=False), "avg"),
+        (nn.MaxPool2d(2), "max"),
+        (nn.MaxPool2d(2, stride=(2, 2)), "max"),
+        (nn.AvgPool2d(3), None),
+        (nn.AvgPool2d(2, stride=1), None),
+        (nn.AvgPool2d(2, ceil_mode=True), None),
+        (nn.AvgPool2d(2, divisor_override=3), None),
+        (nn.MaxPool2d(2, padding=1), None),
+        (nn.MaxPool2d(2, stride=2, dilation=2), None),
+        (nn.MaxPool2d((2, 1)), None),
+        (nn.AdaptiveAvgPool2d(2), None),
+        (nn.LPPool2d(2, 2), None),
+    ],
+)
+def test_a_pooling_behind_the_activation_is_taken_in(pool, name, calls):
+    model, twin = pair(Pooled(pool))
+    taken = "sigmoid" if name is None else f"sigmoid, with {name} pooling"
+    assert f"norm: is now a BatchNorm2d, with {taken}" in str(batchnorm.changes(model))
+    assert ("pooling" in str(batchnorm.changes(model))) is (name is not None)
+    x = torch.randn(4, 3, 9, 8, dtype=torch.float64)  # 7×6 behind the convolution
+    same(model, twin, x)
+    assert set(calls[::2]) == {(False, "sigmoid") if name is None else ("sigmoid", name)}
+    model.float(), twin.float()
+    torch.testing.assert_close(model(x.float()), twin(x.float()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_pooling_that_is_watched_or_replaced_is_called(calls):
+    model, twin = pair(Pooled(nn.MaxPool2d(2)))
+    seen = []
+    handle = model.pool.register_forward_hook(lambda *_: seen.append("pool"))
+    same(model, twin, modes=[True])
+    assert seen == ["pool"]
+    handle.remove()
+    for each in (model, twin):
+        each.pool = nn.AvgPool2d(2)
+    calls.clear()
+    same(model, twin, modes=[True])
+    assert calls[0] == ("sigmoid", "avg")
+
+
+class TwoUsers(Pooled):
+    def forward(self, x):
+        y = self.act(self.norm(self.conv(x)))
+        return self.pool(y).sum() + y.sum()
+
+
+class Residual(Pooled):
+    def forward(self, x):
+        x = self.conv(x)
+        return self.pool(self.act(self.norm(x) + x))
+
+
+class Overwritten(Pooled):
+    """The norm's input is another one when the pooling is called."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        y = self.act(self.norm(x))
+        x *= 2
+        return self.pool(y).sum() + x.sum()
+
+
+@pytest.mark.parametrize("kind", [TwoUsers, Residual, Overwritten])
+def test_a_pooling_that_is_not_of_the_norm_alone_is_left(kind):
+    model, twin = pair(kind(nn.AvgPool2d(2)))
+    assert "pooling" not in str(batchnorm.changes(model))
+    if kind is not Overwritten:  # whose own backward torch refuses
+        same(model, twin)
+    x = images(dtype=torch.float64)
+    torch.testing.assert_close(model.eval()(x), twin.eval()(x))
+
+
+def test_a_pooling_over_signals_is_left():
+    """To AvgPool2d (N, C, L) is one image of N channels."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.AvgPool2d(2))
+    model, twin = pair(model)
+    assert "with relu" in str(batchnorm.changes(model))
+    assert "pooling" not in str(batchnorm.changes(model))
+    same(model, twin, torch.randn(4, 3, 6, dtype=torch.float64))

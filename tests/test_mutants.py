@@ -36,10 +36,21 @@ def operator(
     """Batch norm by elementary operations; with the defaults it is right."""
 
     def batch_norm(
-        x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        residual,
+        activation,
+        pool=None,
     ):
         assert residual is None
         assert activation is None
+        assert pool is None
         over = axes or [axis for axis in range(x.dim()) if axis != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         mean, var = running_mean, running_var

@@ -8,6 +8,7 @@ from torch import Tensor
 from batchnorm import kernels, masks
 from batchnorm.errors import BatchNormError, no_tensor
 from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.kernels.pools import POOLS, WINDOW
 
 
 def batch_norm(
@@ -23,9 +24,10 @@ def batch_norm(
     mask: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    pool: str | None = None,
     axis: int = 1,
 ) -> Tensor:
-    """y = activation((x − mean) / √(var + eps) · weight + bias + residual), per channel.
+    """y = pool(activation((x − mean) / √(var + eps) · weight + bias + residual)), per channel.
 
     In training mean and var are those of the batch, var the biased one, over all axes but `axis`;
     running_mean and running_var, where given, are then updated in place,
@@ -55,20 +57,25 @@ def batch_norm(
         residual: of the input's shape, or one that broadcasts to it; added before the activation.
         activation: relu, leaky_relu (slope 0.01), sigmoid, tanh, silu, gelu (exact) or hardswish;
             None for none.
+        pool: avg or max over windows of 2×2 with stride 2, as `F.avg_pool2d(y, 2)`, behind the
+            activation; None for none. With a mask it pools y as above, 0 where nothing counts.
         axis: where the channels stand: 1, or -1 for (N, L, C). Nothing is copied for it where the
             input is contiguous; a mask stands as the input does.
 
     Returns:
         y: of the shape and the memory format of the input, and of its dtype, or of the residual's where that
-            is wider.
+            is wider; with a pooling (N, C, H // 2, W // 2).
 
     Raises:
         BatchNormError: a shape or dtype that does not fit, a single value per channel in training,
             no running statistics in evaluation, an eps that is not positive, an activation that is
-            not known, a residual that does not fit.
+            not known, a residual that does not fit, a pooling that is not known or of an input that
+            is not (N, C, H, W) with H and W of 2 or more.
 
     Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
+    if pool is not None:
+        check_pool(pool, input, axis)
     if axis != 1:
         return _along(
             axis, input, running_mean, running_var, weight, bias, training, momentum, eps, mask,
@@ -95,10 +102,11 @@ def batch_norm(
         _check_residual(input, residual)
     if mask is not None:
         masks.check_axis("batch_norm", input, axis)  # 1.0 == 1
-        return masks.batch_norm(
+        y = masks.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual,
             activation, masks.fit(mask, input),
         )  # fmt: skip
+        return y if pool is None else POOLS[pool](y)
     return kernels.batch_norm(
         input,
         running_mean,
@@ -110,6 +118,7 @@ def batch_norm(
         eps,
         residual,
         activation,
+        pool,
     )
 
 
@@ -182,6 +191,20 @@ def _check_input(x: Tensor, training: bool) -> None:
             "Expected more than 1 value per channel when training, got an input of shape "
             f"{tuple(x.shape)}. One value has no variance: use a larger batch (drop_last=True if "
             "this is the last one), or normalize with the running statistics in eval()."
+        )
+
+
+def check_pool(pool: str, x: Tensor, axis: int) -> None:
+    """The pooling must be known, and x have the two axes that it is over."""
+    if pool not in POOLS:
+        raise BatchNormError(
+            f"batch_norm got pool={pool!r} and wants one of {', '.join(POOLS)}, or None."
+        )
+    if axis != 1 or x.dim() != 4 or min(x.shape[2:]) < WINDOW:
+        raise BatchNormError(
+            f"batch_norm got pool={pool!r} for an input of shape {tuple(x.shape)} with axis={axis} and "
+            f"wants (N, C, H, W), H and W {WINDOW} or more, with axis=1. Leave pool out, and pool what "
+            "comes back."
         )
 
 

@@ -16,8 +16,9 @@ from torch.nn.parameter import UninitializedBuffer
 
 from batchnorm import masks
 from batchnorm.errors import BatchNormError, no_tensor
-from batchnorm.functional import batch_norm
+from batchnorm.functional import batch_norm, check_pool
 from batchnorm.kernels.activations import ACTIVATIONS
+from batchnorm.kernels.pools import POOLS
 
 
 class Forward(_BatchNorm):
@@ -41,8 +42,9 @@ class Forward(_BatchNorm):
         activation: str | None = None,
         mask: Tensor | None = None,
         axis: int = 1,
+        pool: str | None = None,
     ) -> Tensor:
-        """The forward pass, and in the same sweep what follows it: activation(y + residual)."""
+        """The forward pass, and in the same sweep what follows it: pool(activation(y + residual))."""
         self._check_input_dim(input)
         # past Module.__getattr__, which costs more than all the checks (and would as the default of
         # a `get`); not where something else than a buffer bears the name
@@ -53,15 +55,15 @@ class Forward(_BatchNorm):
             # without running statistics evaluation, too, takes the batch's
             by_batch = running_mean is None and running_var is None
             return self._normalize(
-                input, running_mean, running_var, by_batch, residual, activation, mask, axis
+                input, running_mean, running_var, by_batch, residual, activation, mask, axis, pool
             )
         if not self.track_running_stats:
-            return self._normalize(input, None, None, True, residual, activation, mask, axis)
+            return self._normalize(input, None, None, True, residual, activation, mask, axis, pool)
         counter = self.num_batches_tracked
         if self.momentum is None and counter is not None:
-            return self._normalize_and_average(input, residual, activation, mask, axis)
+            return self._normalize_and_average(input, residual, activation, mask, axis, pool)
         y = self._normalize(
-            input, running_mean, running_var, True, residual, activation, mask, axis
+            input, running_mean, running_var, True, residual, activation, mask, axis, pool
         )
         if counter is not None:
             counter.add_(1 if mask is None else masks.leaves_two(mask, input, axis))
@@ -77,6 +79,7 @@ class Forward(_BatchNorm):
         activation: str | None,
         mask: Tensor | None,
         axis: int,
+        pool: str | None,
     ) -> Tensor:
         parameters = self._parameters
         return batch_norm(
@@ -92,6 +95,7 @@ class Forward(_BatchNorm):
             mask=mask,
             residual=residual,
             activation=activation,
+            pool=pool,
             axis=axis,
         )
 
@@ -102,6 +106,7 @@ class Forward(_BatchNorm):
         activation: str | None,
         mask: Tensor | None,
         axis: int,
+        pool: str | None,
     ) -> Tensor:
         """running ← running + (batch − running) / t: after t batches their plain average.
 
@@ -116,7 +121,7 @@ class Forward(_BatchNorm):
         mean, var_unbiased = self.running_mean.clone(), self.running_var.clone()
         y = batch_norm(
             x, mean, var_unbiased, self.weight, self.bias, True, 1.0, self.eps,
-            mask=mask, residual=residual, activation=activation, axis=axis,
+            mask=mask, residual=residual, activation=activation, pool=pool, axis=axis,
         )  # fmt: skip
         # a batch that moves nothing has no part in the average
         self.num_batches_tracked.add_(masks.moves(*masks.counted(x, mask, axis)))
@@ -241,15 +246,29 @@ PLAIN = (
 )  # and no subclass, whose forward is its own
 
 
-def fused(norm: Any, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    """activation(norm(x) + residual), in one sweep where the norm is this library's layer."""
+def fused(
+    norm: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    pool: str | None = None,
+) -> Tensor:
+    """pool(activation(norm(x) + residual)), in one sweep where the norm is this library's layer."""
     if type(norm) in PLAIN and not hooked(norm) and not isinstance(x, fx.Proxy):
-        whole: Tensor = norm.normalize(x, residual, activation)
+        whole: Tensor = norm.normalize(x, residual, activation, pool=pool)
         return whole
-    y: Tensor = norm(x)
+    return following(norm(x), residual, activation, pool)
+
+
+def following(
+    y: Tensor, residual: Tensor | None, activation: str | None, pool: str | None
+) -> Tensor:
+    """pool(activation(y + residual)), by torch's operators."""
     if residual is not None:
         y = y + residual
-    return y if activation is None else ACTIVATIONS[activation](y)
+    if activation is not None:
+        y = ACTIVATIONS[activation](y)
+    return y if pool is None else POOLS[pool](y)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -263,14 +282,15 @@ def hooked(module: nn.Module) -> bool:
 
 
 class BatchNormAct(nn.Module):
-    """activation(norm(x) + residual), in one sweep over the memory.
+    """pool(activation(norm(x) + residual)), in one sweep over the memory.
 
     `norm` is this library's layer of the same arguments, a module of its own: what replaces it (a
-    synchronised layer, one folded away) or watches it replaces and watches the norm alone, and sum
-    and activation go on behind it. A state dict of a plain norm loads, too.
+    synchronised layer, one folded away) or watches it replaces and watches the norm alone, and sum,
+    activation and pooling go on behind it. A state dict of a plain norm loads, too.
     """
 
     _norm: type[Forward]
+    pool: str | None = None  # of a layer that was pickled before there was one
 
     def __init__(
         self,
@@ -283,6 +303,7 @@ class BatchNormAct(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         activation: str | None = "relu",
+        pool: str | None = None,
         bias: bool = True,
     ) -> None:
         super().__init__()
@@ -291,7 +312,12 @@ class BatchNormAct(nn.Module):
                 f"{type(self).__name__} got activation={activation!r} and wants one of "
                 f"{', '.join(ACTIVATIONS)}, or None."
             )
-        self.activation = activation
+        if pool is not None and (pool not in POOLS or self._norm is not BatchNorm2d):
+            raise BatchNormError(
+                f"{type(self).__name__} got pool={pool!r} and wants None, or, in BatchNormAct2d, one of "
+                f"{', '.join(POOLS)}. Put another pooling behind the layer."
+            )
+        self.activation, self.pool = activation, pool
         self.norm = self._norm(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
         )
@@ -311,22 +337,23 @@ class BatchNormAct(nn.Module):
         if mask is not None or axis != 1:
             return self._forward(input, residual, mask, axis)
         if has_any_global_hook():  # which waits for a call of the norm
-            y: Tensor = self.norm(input)
-            y = y if residual is None else y + residual
-            return y if self.activation is None else ACTIVATIONS[self.activation](y)
-        return fused(self.norm, input, residual, self.activation)
+            return following(self.norm(input), residual, self.activation, self.pool)
+        return fused(self.norm, input, residual, self.activation, self.pool)
 
     def _forward(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, axis: int
     ) -> Tensor:
-        y: Tensor = self.norm(input, mask=mask, axis=axis)
-        y = y if residual is None else y + residual
-        y = y if self.activation is None else ACTIVATIONS[self.activation](y)
-        return y if mask is None else torch.where(masks.fit(mask, input, axis % input.dim()), y, 0)
+        if self.pool is not None:
+            check_pool(self.pool, input, axis)
+        y = self.norm(input, mask=mask, axis=axis)
+        y = following(y, residual, self.activation, None)
+        y = y if mask is None else torch.where(masks.fit(mask, input, axis % input.dim()), y, 0)
+        return following(y, None, None, self.pool)
 
     def extra_repr(self) -> str:
-        """The activation."""
-        return f"activation={self.activation!r}"
+        """The activation, and the pooling if there is one."""
+        pool = "" if self.pool is None else f", pool={self.pool!r}"
+        return f"activation={self.activation!r}{pool}"
 
 
 def _of_a_plain_norm(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -364,7 +391,13 @@ class BatchNormAct1d(BatchNormAct):
 
 
 class BatchNormAct2d(BatchNormAct):
-    """y = activation(BatchNorm2d(x) + residual), of (N, C, H, W); see `BatchNormAct1d`."""
+    """y = pool(activation(BatchNorm2d(x) + residual)), of (N, C, H, W); see `BatchNormAct1d`.
+
+    pool: avg or max, over windows of 2×2 with stride 2, as `nn.AvgPool2d(2)` and `nn.MaxPool2d(2)`; y
+    is then (N, C, H // 2, W // 2). Contiguous float32 without a residual is pooled in the same sweep:
+    what is pooled is never in memory, and for the backward pass are kept x and, for max, a byte for
+    each window. Anything else is pooled by torch.
+    """
 
     _norm = BatchNorm2d
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from batchnorm.kernels import native
 from batchnorm.kernels.activations import ACTIVATIONS, IN_PLACE
+from batchnorm.kernels.pools import POOLS
 
 
 def backend() -> str:
@@ -35,9 +36,25 @@ def batch_norm(
     eps: float,
     residual: Tensor | None,
     activation: str | None,
+    pool: str | None = None,
 ) -> Tensor:
     """Normalize x: (N, C, *spatial); see `batchnorm.batch_norm` for the equations."""
-    if native.NATIVE and native.fits(x, running_mean, running_var, weight, bias, residual):
+    ours = native.NATIVE and native.fits(x, running_mean, running_var, weight, bias, residual)
+    if pool is not None and not (ours and native.pools(x, residual)):
+        y = batch_norm(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual,
+            activation,
+        )
+        return POOLS[pool](y)
+    if ours:
         return native.batch_norm(
             x,
             running_mean,
@@ -49,6 +66,7 @@ def batch_norm(
             eps,
             residual,
             activation,
+            pool,
         )
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is None and activation is None:

@@ -23,6 +23,9 @@ def forward(
     momentum: float,
     eps: float,
     activation: int,
+    pool: int,
+    width: int,
+    winner: int,
     /,
 ) -> None: ...
 def backward(
@@ -46,6 +49,9 @@ def backward(
     training: bool,
     activation: int,
     residual: bool,
+    pool: int,
+    width: int,
+    winner: int,
     /,
 ) -> None: ...
 def moments(

@@ -3,7 +3,8 @@
 For backward are saved: x, the statistics, and what the activation's derivative is a function of: y
 for sigmoid and tanh, and for ReLU behind a residual; the residual for the others behind one; nothing
 more for a plain ReLU, whose sign is computed again. What torch saves between normalization and
-activation is not there at all.
+activation is not there at all. In front of a pooling y is not there either: beside x and the statistics
+is saved which of a window's four values was the maximum, a byte a window.
 """
 
 import logging
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from batchnorm.errors import BatchNormError
 from batchnorm.kernels import memory
 from batchnorm.kernels.activations import ACTIVATIONS, DERIVATIVES
+from batchnorm.kernels.pools import POOLS, WINDOW
 
 try:
     from batchnorm.kernels import _cpu
@@ -33,6 +35,7 @@ CODES = {
         (None, "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "hardswish")
     )
 }
+POOL_CODES = {name: code for code, name in enumerate((None, "avg", "max"))}
 PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 SAVES_Y = {("relu", True), ("leaky_relu", True)} | {
     (name, behind) for name in ("sigmoid", "tanh") for behind in (True, False)
@@ -73,6 +76,11 @@ def fits(
     ):
         return False
     return _pair(weight, bias) and _pair(running_mean, running_var) and not transformed()
+
+
+def pools(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the kernels also pool behind such an x, which `fits`."""
+    return residual is None and x.dtype is torch.float32 and x.dim() == 4 and x.is_contiguous()
 
 
 def transformed() -> bool:
@@ -167,10 +175,19 @@ def forward(
     residual: Tensor | None,
     activation: str | None,
     kept: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """y, and statistics: (3, C), the mean, biased variance and 1 / √(var + eps) that were used."""
+    pool: str | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y, and for backward the statistics that were used, if they are `kept`, and the winners.
+
+    statistics: (3, C), the mean, biased variance and 1 / √(var + eps); winners: uint8, of y's shape,
+    where in its window each maximum stood, with pool="max".
+    """
     x, layout = _dense(x)
-    y = memory.empty_like(x, DTYPES[x.dtype])
+    if pool is None:
+        y = memory.empty_like(x, DTYPES[x.dtype])
+    else:
+        y = x.new_empty((*x.shape[:2], x.shape[2] // WINDOW, x.shape[3] // WINDOW))
+    winners = torch.empty_like(y, dtype=torch.uint8) if pool == "max" else None
     statistics = torch.empty((3, layout[2]), dtype=torch.float64, device="cpu") if kept else None
     if residual is not None:
         residual = _like(residual, x)
@@ -192,8 +209,11 @@ def forward(
         momentum,
         eps,
         CODES[activation],
+        POOL_CODES[pool],
+        x.shape[-1],
+        _address(winners),
     )
-    return y, statistics
+    return y, statistics, winners
 
 
 class BatchNorm(torch.autograd.Function):
@@ -212,8 +232,9 @@ class BatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
         activation: str | None,
+        pool: str | None,
     ) -> Tensor:
-        y, statistics = forward(
+        y, statistics, winners = forward(
             x,
             running_mean,
             running_var,
@@ -225,27 +246,30 @@ class BatchNorm(torch.autograd.Function):
             residual,
             activation,
             True,
+            pool,
         )
         kind = (activation, residual is not None)
-        extra = y if kind in SAVES_Y else residual if kind in SAVES_RESIDUAL else None
-        ctx.save_for_backward(x, weight, bias, statistics, extra)
-        ctx.training, ctx.eps, ctx.kind = training, eps, kind
+        extra = residual if kind in SAVES_RESIDUAL else None
+        if kind in SAVES_Y and pool is None:
+            extra = y
+        ctx.save_for_backward(x, weight, bias, statistics, extra, winners)
+        ctx.training, ctx.eps, ctx.kind, ctx.pool = training, eps, kind, pool
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, statistics, extra = ctx.saved_tensors
-        nothing = (None,) * 6
+        x, weight, bias, statistics, extra, winners = ctx.saved_tensors
+        nothing = (None,) * 7
         if torch.is_grad_enabled() or transformed() or not _readable(dy):
             return *_differentiable(ctx, dy), *nothing
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         activation, behind = ctx.kind
         keeps = activation is not None and behind
         x, layout = _dense(x)
-        dy = _like(dy, x)
+        dy = _like(dy, x) if ctx.pool is None else dy.contiguous()
         if extra is not None:
             extra = _like(extra, x)
-        code, costly = DTYPES[x.dtype], activation in KEEPS_GRADIENT
+        code, costly = DTYPES[x.dtype], activation in KEEPS_GRADIENT or ctx.pool is not None
         dx = memory.empty_like(x, code) if needs_x or costly else None
         gradient = memory.empty_like(x, code) if keeps else dx if costly else None
         dweight = torch.empty_like(weight) if needs_weight else None
@@ -268,6 +292,9 @@ class BatchNorm(torch.autograd.Function):
             ctx.training,
             CODES[activation],
             behind,
+            POOL_CODES[ctx.pool],
+            x.shape[-1],
+            _address(winners),
         )
         dresidual = None if not needs_residual else gradient if keeps else dy
         return dx if needs_x else None, dweight, dbias, dresidual, *nothing
@@ -275,7 +302,7 @@ class BatchNorm(torch.autograd.Function):
 
 def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """The gradients of x, weight, bias and residual by torch's operators, which have their own."""
-    x, weight, bias, statistics, extra = ctx.saved_tensors
+    x, weight, bias, statistics, extra, _ = ctx.saved_tensors
     activation, behind = ctx.kind
     needed = ctx.needs_input_grad[:4]
     residual = extra if ctx.kind in SAVES_RESIDUAL else None
@@ -292,10 +319,12 @@ def _differentiable(ctx: Any, dy: Tensor) -> list[Tensor | None]:
         if residual is not None:
             y = y + residual
         g = dy
-        if ctx.kind in SAVES_Y:
+        if ctx.kind in SAVES_Y and ctx.pool is None:
             g = DERIVATIVES[activation](dy, extra)
         elif activation is not None:
             y = ACTIVATIONS[activation](y)
+        if ctx.pool is not None:
+            y = POOLS[ctx.pool](y)
         wanted = [v for v, need in zip(inputs, needed, strict=True) if need and v is not None]
         found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
     gradients = [
@@ -318,8 +347,9 @@ def batch_norm(
     eps: float,
     residual: Tensor | None,
     activation: str | None,
+    pool: str | None,
 ) -> Tensor:
-    """As `kernels.batch_norm`, for what `fits`."""
+    """As `kernels.batch_norm`, for what `fits`, and `pools` if there is a pooling."""
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -337,11 +367,12 @@ def batch_norm(
             momentum,
             eps,
             activation,
+            pool,
         )
         return y
     return forward(
         x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
-        False,
+        False, pool,
     )[0]  # fmt: skip
 
 
@@ -370,13 +401,15 @@ def reduce_gradient(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor
     """Σ dy and Σ dy · (x − mean): (C,), float64."""
     x, layout = _dense(x)
     dy = _like(dy, x)
-    statistics = torch.ones((3, layout[2]), dtype=torch.float64, device="cpu")  # invstd 1: dweight is dot
+    statistics = torch.ones(
+        (3, layout[2]), dtype=torch.float64, device="cpu"
+    )  # invstd 1: dweight is dot
     statistics[0] = mean
     dot, total = torch.empty((2, layout[2]), dtype=torch.float64, device="cpu")
     _cpu.backward(
         DTYPES[x.dtype], *layout, torch.get_num_threads(), x.data_ptr(), dy.data_ptr(), 0, 0, 0, 0,
         0, DTYPES[torch.float64], dot.data_ptr(), total.data_ptr(), statistics.data_ptr(), True, 0,
-        False,
+        False, 0, 0, 0,
     )  # fmt: skip
     return total, dot
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError
 from batchnorm.functional import check_channels
-from batchnorm.kernels.activations import ACTIVATIONS
-from batchnorm.layers import Forward
+from batchnorm.layers import Forward, following
 from batchnorm.model.account import log
 from batchnorm.model.calling import eagerly
 from batchnorm.model.discovery import activation_of, batch_norms, refuse_no_model
@@ -140,15 +139,14 @@ def _meet(
     activation: str | None = None,
     mask: Tensor | None = None,
     axis: int = 1,
+    pool: str | None = None,
 ) -> Tensor:
     _refuse_what_is_not_joined(name, mask, lockstep.gradients)
     layer._check_input_dim(x)  # noqa: SLF001  # torch has no public way
     check_channels(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, axis)
-    if residual is None:
-        y = lockstep.meet(Arrival(layer, x.movedim(axis, 1), activation))
-        return y.movedim(1, axis)
-    y = lockstep.meet(Arrival(layer, x.movedim(axis, 1), None)).movedim(1, axis) + residual
-    return y if activation is None else ACTIVATIONS[activation](y)
+    taken, left = (activation, None) if residual is None else (None, activation)
+    y = lockstep.meet(Arrival(layer, x.movedim(axis, 1), taken)).movedim(1, axis)
+    return following(y, residual, left, pool)
 
 
 def _meet_and_activate(lockstep: Lockstep, name: str, layer: Any, x: Tensor) -> Any:

@@ -80,7 +80,8 @@ def convert(
             split one the domain that is on is kept, but "sync" and "frozen" are of every domain.
         pattern: which layers, by name, with * and ?; or several patterns.
         fuse: with "ours": let each layer also do the activation, or the residual sum and the
-            activation, that stand behind it in its block's forward. Classes, modules, names and
+            activation, or the activation and a 2×2 pooling with stride 2 (`nn.AvgPool2d(2)`,
+            `nn.MaxPool2d(2)`), that stand behind it in its block's forward. Classes, modules, names and
             hooks stay; in training and in evaluation the outputs are the same. What the traced
             graph does not prove safe stays as it is, and so do layers for which something was chosen
             (`freeze`, `keep_float32`, `single_values`). `convert(model, to="torch")` undoes it.

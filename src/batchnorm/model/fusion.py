@@ -1,4 +1,4 @@
-"""Let a norm do what follows it in the same sweep: an activation, or a residual sum and one.
+"""Let a norm do what follows it in the same sweep: an activation, a pooling too, or a residual sum.
 
 The unit is a block: a module whose own forward calls norms. The block's forward is traced with its
 children as leaves, norm, sum and activation that stand behind each other become one call, and the
@@ -25,7 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import layers
 from batchnorm.kernels.activations import ACTIVATIONS
-from batchnorm.layers import PLAIN, BatchNormAct, hooked
+from batchnorm.kernels.pools import WINDOW
+from batchnorm.layers import PLAIN, BatchNorm2d, BatchNormAct, hooked
 from batchnorm.model.mixing import Mixin, mix, own_class, unmix
 
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -39,6 +40,13 @@ CALLS: dict[Any, str] = {
 MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh",
     nn.SiLU: "silu", nn.GELU: "gelu", nn.Hardswish: "hardswish",
+}  # fmt: skip
+POOLS: dict[type[nn.Module], str] = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
+# of a pooling module that the kernels do: its settings, where it has them
+POOL_SETTINGS: dict[str, tuple[object, ...]] = {
+    "kernel_size": (WINDOW, (WINDOW, WINDOW)), "stride": (WINDOW, (WINDOW, WINDOW)),
+    "padding": (0, (0, 0)), "dilation": (1, (1, 1)), "ceil_mode": (False,),
+    "return_indices": (False,), "divisor_override": (None, WINDOW * WINDOW),
 }  # fmt: skip
 DEFAULTS = {"negative_slope": 0.01, "approximate": "none"}
 Kinds = tuple[type, ...]
@@ -123,6 +131,14 @@ def activation_name(module: nn.Module) -> str | None:
     if any(own.get(key, value) != value for key, value in DEFAULTS.items()):
         return None
     return MODULES.get(type(module))
+
+
+def _pool_name(module: nn.Module) -> str | None:
+    """Its name, where it is one of 2×2 windows, stride 2."""
+    own = vars(module)
+    if any(own.get(key, fit[0]) not in fit for key, fit in POOL_SETTINGS.items()):
+        return None
+    return POOLS.get(type(module))
 
 
 def _may_be_a_block(module: nn.Module) -> bool:
@@ -279,7 +295,7 @@ def _same(now: Any, before: Any) -> bool:
 
 
 class _Rewriting:
-    """One graph: norm, sum and activation behind each other become one call."""
+    """One graph: norm, sum, activation and pooling behind each other become one call."""
 
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
         self.block, self.graph = block, graph
@@ -292,7 +308,8 @@ class _Rewriting:
             return
         (user,) = norm.users
         if (name := self._activation(user)) is not None:
-            self._replace(norm, user, None, name)
+            pool, last = self._pool(norm, user)
+            self._replace(norm, last, None, name, pool)
         elif (residual := self._residual(user, norm)) is not None:
             behind = next(iter(user.users)) if len(user.users) == 1 else None
             name = None if behind is None else self._activation(behind)
@@ -318,6 +335,21 @@ class _Rewriting:
             return None
         return CALLS.get(node.target)
 
+    def _pool(self, norm: fx.Node, activation: fx.Node) -> tuple[str | None, fx.Node]:
+        """The pooling that takes the activation's output alone, and its node; else None."""
+        # a BatchNorm1d's (N, C, L) would be an image to it, and N the channels
+        if (
+            len(activation.users) == 1
+            and type(self.block.get_submodule(str(norm.target))) is BatchNorm2d
+        ):
+            (user,) = activation.users
+            if user.op == "call_module" and len(user.args) == 1 and not user.kwargs:
+                name = _pool_name(self.block.get_submodule(str(user.target)))
+                together = norm.next is activation and activation.next is user
+                if name is not None and (together or self._may_move(norm, user)):
+                    return name, user
+        return None, activation
+
     def _residual(self, node: fx.Node, norm: fx.Node) -> fx.Node | None:
         """What is added to the norm's output, where the node adds two values of the graph."""
         if node.op not in {"call_function", "call_method"} or node.target not in SUMS:
@@ -331,18 +363,23 @@ class _Rewriting:
         return other if isinstance(other, fx.Node) else None
 
     def _may_move(self, norm: fx.Node, to: fx.Node) -> bool:
-        """The norm is called where the sum stood: its input must be the same there."""
+        """The norm is called where the sum or pooling stood: its input must be the same there."""
         if norm.next is to:
             return True
         (source,) = norm.all_input_nodes
         return source.op == "call_module" and len(source.users) == 1
 
     def _replace(
-        self, norm: fx.Node, last: fx.Node, residual: fx.Node | None, activation: str | None
+        self,
+        norm: fx.Node,
+        last: fx.Node,
+        residual: fx.Node | None,
+        activation: str | None,
+        pool: str | None = None,
     ) -> None:
         with self.graph.inserting_before(last):
             module = self.graph.get_attr(str(norm.target))
-            args = (module, norm.args[0], residual, activation)
+            args = (module, norm.args[0], residual, activation, pool)
             fused = self.graph.call_function(layers.fused, args)
         last.replace_all_uses_with(fused)
         taken = [] if residual is None else ["a residual sum"]
@@ -350,7 +387,8 @@ class _Rewriting:
             if node.op == "call_module" and node is not norm:
                 self.modules[str(node.target)] = self.block.get_submodule(str(node.target))
             self.graph.erase_node(node)
-        self.taken[str(norm.target)] = taken + ([] if activation is None else [activation])
+        taken += [] if activation is None else [activation]
+        self.taken[str(norm.target)] = taken + ([] if pool is None else [f"{pool} pooling"])
 
     @staticmethod
     def _chain(last: fx.Node, norm: fx.Node) -> Iterator[fx.Node]:

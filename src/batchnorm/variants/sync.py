@@ -16,8 +16,7 @@ from batchnorm import masks
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.functional import check_channels
 from batchnorm.kernels import verbs
-from batchnorm.kernels.activations import ACTIVATIONS
-from batchnorm.layers import BatchNorm, Forward
+from batchnorm.layers import BatchNorm, Forward, following
 
 Exchange = Callable[[str, Tensor], Tensor]
 _NAMES: dict[int, str] = {}  # of the layers that were called here, by what is sent of them
@@ -94,10 +93,11 @@ class SyncBatchNorm(Forward):
         activation: str | None = None,
         mask: Tensor | None = None,
         axis: int = 1,
+        pool: str | None = None,
     ) -> Tensor:
         """The forward pass; see `Forward`."""
         if not (self.training and several(self.process_group)):
-            return super().normalize(input, residual, activation, mask, axis)
+            return super().normalize(input, residual, activation, mask, axis, pool)
         self._check_input_dim(input)
         masks.check_axis(type(self).__name__, input, axis)
         check_channels(
@@ -113,9 +113,7 @@ class SyncBatchNorm(Forward):
         self.count = count  # of the values that the statistics are of
         if self.track_running_stats:
             self._update(count, mean, squares)
-        y = y.movedim(1, axis)
-        y = y if residual is None else y + residual
-        return y if activation is None else ACTIVATIONS[activation](y)
+        return following(y.movedim(1, axis), residual, activation, pool)
 
     def _update(self, count: Tensor, mean: Tensor, squares: Tensor) -> None:
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum

@@ -16,6 +16,7 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "pooling.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -30,11 +31,19 @@ extern const Kernels avx512bf16;  // of bfloat16 alone
 #endif
 extern const Kernels baseline;
 
+namespace pooling {
+#if defined(BATCHNORM_X86)
+extern const PoolingKernels avx512, avx2;
+#endif
+extern const PoolingKernels baseline;
+}  // namespace pooling
+
 namespace {
 
 struct Choice {
   const char* name;
   const Kernels *kernels, *of_bfloat16;
+  const PoolingKernels* pooling;
 };
 
 // The widest instruction set that the processor has, or the one that BATCHNORM_ISA names.
@@ -52,12 +61,12 @@ Choice choose() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(BATCHNORM_BF16)
   if (has_avx512 && __builtin_cpu_supports("avx512bf16") && may("avx512"))
-    return {"avx512", &avx512, &avx512bf16};
+    return {"avx512", &avx512, &avx512bf16, &pooling::avx512};
 #endif
-  if (has_avx512 && may("avx512")) return {"avx512", &avx512, &avx512};
-  if (has_avx2 && may("avx2")) return {"avx2", &avx2, &avx2};
+  if (has_avx512 && may("avx512")) return {"avx512", &avx512, &avx512, &pooling::avx512};
+  if (has_avx2 && may("avx2")) return {"avx2", &avx2, &avx2, &pooling::avx2};
 #endif
-  if (may("baseline")) return {"baseline", &baseline, &baseline};
+  if (may("baseline")) return {"baseline", &baseline, &baseline, &pooling::baseline};
   throw std::runtime_error(std::string("BATCHNORM_ISA=") + wanted +
                            ", which this processor or this build does not have; there are avx512, "
                            "avx2 and baseline");
@@ -178,6 +187,23 @@ void wanted(bool there, const char* name) {
   if (!there) throw std::invalid_argument(std::string("no address of ") + name);
 }
 
+// What the job, whose addresses are set, is with a pooling behind it; `width` of the plane.
+PooledJob pooled(const Job& job, int pool, std::int64_t width, Address winner) {
+  if (pool < 1 || pool > 2) throw std::invalid_argument("a pooling that is not known");
+  if (job.dtype != Dtype::float32 || job.rows || job.residual)
+    throw std::invalid_argument("a pooling is of float planes without a residual");
+  if (width < 2 || job.plane % width != 0 || job.plane / width < 2)
+    throw std::invalid_argument("a plane that is smaller than the window, or no multiple of its width");
+  wanted(winner || pool == 1, "where the maxima stand");
+  PooledJob made{};
+  static_cast<Job&>(made) = job;
+  made.pool = static_cast<Pool>(pool);
+  made.width = width;
+  made.height = job.plane / width;
+  made.winner = at<unsigned char>(winner);
+  return made;
+}
+
 // weight and bias, 1 and 0 where there are none.
 struct Parameters {
   std::vector<double> weight, bias;
@@ -197,11 +223,12 @@ Dtype known(int dtype) {
 }
 
 // y, and mean, var, invstd of (3, C) doubles where an address is given; running statistics that are
-// moved, or used.
+// moved, or used. With a pooling y is the pooled one.
 void forward(int dtype, bool rows, std::int64_t batch, std::int64_t channels, std::int64_t plane,
              int threads, Address x, Address residual, Address y, Address weight, Address bias,
              int parameters_dtype, Address running_mean, Address running_var, int running_dtype,
-             Address statistics, bool training, double momentum, double eps, int activation) {
+             Address statistics, bool training, double momentum, double eps, int activation,
+             int pool, std::int64_t width, Address winner) {
   Job job = job_of({dtype, rows, batch, channels, plane, threads}, activation, residual != 0);
   wanted(x && y, "x or y");
   wanted(training || (running_mean && running_var), "the running statistics");
@@ -224,10 +251,17 @@ void forward(int dtype, bool rows, std::int64_t batch, std::int64_t channels, st
       job.var[c] = read(running_var, running, c);
       job.invstd[c] = 1 / std::sqrt(job.var[c] + eps);
     }
-    kernels_of(job).normalize(job);
+    if (pool) chosen().pooling->normalize(pooled(job, pool, width, winner));
+    else kernels_of(job).normalize(job);
     return;
   }
-  kernels_of(job).forward(job);
+  if (pool) {
+    const PooledJob behind = pooled(job, pool, width, winner);
+    kernels_of(job).moments(job);
+    chosen().pooling->normalize(behind);
+  } else {
+    kernels_of(job).forward(job);
+  }
   const double count = static_cast<double>(batch) * static_cast<double>(plane);
   for (std::int64_t c = 0; c < channels; ++c) {
     // momentum weighs the new batch, as in torch
@@ -241,14 +275,17 @@ void forward(int dtype, bool rows, std::int64_t batch, std::int64_t channels, st
   }
 }
 
-// dx, dweight, dbias and the residual's gradient, each where an address is given.
+// dx, dweight, dbias and the residual's gradient, each where an address is given. With a pooling dy is
+// the pooled one's, and there is no `extra`.
 void backward(int dtype, bool rows, std::int64_t batch, std::int64_t channels, std::int64_t plane,
               int threads, Address x, Address dy, Address extra, Address dx, Address gradient,
               Address weight, Address bias, int parameters_dtype, Address dweight, Address dbias,
-              Address statistics, bool training, int activation, bool residual) {
+              Address statistics, bool training, int activation, bool residual, int pool,
+              std::int64_t width, Address winner) {
   Job job = job_of({dtype, rows, batch, channels, plane, threads}, activation, residual);
   wanted(x && dy && statistics, "x, dy or statistics");
-  wanted(extra || source_of(job.activation, residual) == Source::x, "y or the residual");
+  wanted(extra || pool || source_of(job.activation, residual) == Source::x, "y or the residual");
+  wanted(gradient || !pool, "the place for the gradient");
   wanted(gradient || !keeps_gradient(job.activation, residual), "the place for the gradient");
   const Dtype dtype_of_parameters = known(parameters_dtype);
   const Parameters parameters(channels, weight, bias, dtype_of_parameters);
@@ -268,7 +305,13 @@ void backward(int dtype, bool rows, std::int64_t batch, std::int64_t channels, s
   job.dot = job.sum + channels;
   const Kernels& kernels = kernels_of(job);
   const bool sums_wanted = training || dweight || dbias || keeps_gradient(job.activation, residual);
-  if (!sums_wanted) kernels.input_gradient(job);
+  if (pool) {
+    const PooledJob behind = pooled(job, pool, width, winner);
+    chosen().pooling->reduce_gradient(behind);
+    job.dy = job.gradient;
+    job.activation = Activation::none;
+    if (dx) kernels.input_gradient(job);
+  } else if (!sums_wanted) kernels.input_gradient(job);
   else if (dx) kernels.backward(job);
   else kernels.reduce_gradient(job);
   for (std::int64_t c = 0; c < channels; ++c) {
