@@ -35,7 +35,8 @@ CODES = {
         (None, "relu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "hardswish")
     )
 }
-POOL_CODES = {name: code for code, name in enumerate((None, "avg", "max"))}
+POOL_CODES = {"avg": 1, "max": 2}
+NO_POOL = (0, 0, 0)
 PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 SAVES_Y = {("relu", True), ("leaky_relu", True)} | {
     (name, behind) for name in ("sigmoid", "tanh") for behind in (True, False)
@@ -183,11 +184,13 @@ def forward(
     where in its window each maximum stood, with pool="max".
     """
     x, layout = _dense(x)
+    winners, pooling = None, NO_POOL
     if pool is None:
         y = memory.empty_like(x, DTYPES[x.dtype])
     else:
         y = x.new_empty((*x.shape[:2], x.shape[2] // WINDOW, x.shape[3] // WINDOW))
-    winners = torch.empty_like(y, dtype=torch.uint8) if pool == "max" else None
+        winners = torch.empty_like(y, dtype=torch.uint8) if pool == "max" else None
+        pooling = POOL_CODES[pool], x.shape[3], _address(winners)
     statistics = torch.empty((3, layout[2]), dtype=torch.float64, device="cpu") if kept else None
     if residual is not None:
         residual = _like(residual, x)
@@ -209,9 +212,7 @@ def forward(
         momentum,
         eps,
         CODES[activation],
-        POOL_CODES[pool],
-        x.shape[-1],
-        _address(winners),
+        *pooling,
     )
     return y, statistics, winners
 
@@ -266,7 +267,12 @@ class BatchNorm(torch.autograd.Function):
         activation, behind = ctx.kind
         keeps = activation is not None and behind
         x, layout = _dense(x)
-        dy = _like(dy, x) if ctx.pool is None else dy.contiguous()
+        pooling = NO_POOL
+        if ctx.pool is None:
+            dy = _like(dy, x)
+        else:
+            dy = dy.contiguous()
+            pooling = POOL_CODES[ctx.pool], x.shape[3], _address(winners)
         if extra is not None:
             extra = _like(extra, x)
         code, costly = DTYPES[x.dtype], activation in KEEPS_GRADIENT or ctx.pool is not None
@@ -292,9 +298,7 @@ class BatchNorm(torch.autograd.Function):
             ctx.training,
             CODES[activation],
             behind,
-            POOL_CODES[ctx.pool],
-            x.shape[-1],
-            _address(winners),
+            *pooling,
         )
         dresidual = None if not needs_residual else gradient if keeps else dy
         return dx if needs_x else None, dweight, dbias, dresidual, *nothing
