@@ -404,6 +404,7 @@ class TestTheModelTools:
             for _ in range(3):
                 model(images()).square().mean().backward()
                 optimizer.step()
+            model.eval()(images())
         assert watching.models == [model]
         rules = {finding.rule for found in watching.findings() for finding in found}
         assert ("BN012" in rules) == told
