@@ -8,7 +8,7 @@ constexpr double LEAKY_SLOPE = 0.01;
 // What e^x is beyond the exponents of a type: z · sigmoid(z) meets it with the largest z. Comparisons
 // are false for NaN, which stays.
 template <class A> inline Vector<A> beyond_exponents(Vector<A> found, Vector<A> x, A least, A most) {
-  found = select<A>(x > most, splat<A>(std::numeric_limits<A>::infinity()), found);
+  found = select<A>(x > most, splat<A>(static_cast<A>(__builtin_inf())), found);
   return select<A>(x < least, Vector<A>{}, found);
 }
 

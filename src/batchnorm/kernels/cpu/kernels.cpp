@@ -2,7 +2,6 @@
 
 #include "kernels.h"
 
-#include <limits>
 #include <type_traits>
 
 #if defined(__SSE2__)
