@@ -11,6 +11,10 @@ Language = StrEnum("Language", ["en", "zh"])
 Events = Annotated[
     Path | None, typer.Option(help="Write TensorBoard's event files there, a run a cell.")
 ]
+DataDir = Annotated[Path | None, typer.Option(help="Where Fashion-MNIST is looked for first.")]
+TrainImages = Annotated[int | None, typer.Option(help="The first N; all by default.")]
+Threads = Annotated[int | None, typer.Option(help="Of torch; part of the configuration.")]
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 Weights = Annotated[Path | None, typer.Option(help="Its weights: .safetensors, .pt or .pth.")]
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.arguments import Events, Language
+from batchnorm.cli.arguments import DataDir, Events, Language, Threads, TrainImages, names
 from batchnorm.cli.errors import said
 
 Schedule = StrEnum(
@@ -51,7 +51,7 @@ def compare(
     recalibration_images: Annotated[
         int, typer.Option(help="Training images for the population statistics.")
     ] = 10_000,
-    train_images: Annotated[int | None, typer.Option(help="The first N; all by default.")] = None,
+    train_images: TrainImages = None,
     held_out_images: Annotated[
         int, typer.Option(help="Of the training images, the last N: measured, not trained on.")
     ] = 0,
@@ -60,12 +60,8 @@ def compare(
         int, typer.Option(help="Samples in a ghost batch of the arm ghost.")
     ] = 32,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
-    threads: Annotated[
-        int | None, typer.Option(help="Of torch; part of the configuration.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where Fashion-MNIST is looked for first.")
-    ] = None,
+    threads: Threads = None,
+    data_dir: DataDir = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the record; runs/compare-… by default.")
     ] = None,
@@ -87,7 +83,7 @@ def compare(
         events.check()
     result = comparison.compare(
         network,
-        [arm.strip() for arm in arms.split(",") if arm.strip()],
+        names(arms) or [],
         seeds=seeds,
         seed=seed,
         epochs=epochs,

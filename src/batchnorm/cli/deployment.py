@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from batchnorm.cli.arguments import Weights
+from batchnorm.cli.arguments import Json, Weights
 from batchnorm.cli.errors import said
 
 Model = Annotated[
@@ -93,7 +93,7 @@ def summary(
     input: Shapes = None,
     inputs: Inputs = None,
     train: Annotated[bool, typer.Option(help="The mode in which it is looked at.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Each batch-norm layer: neighbours, calls, values per channel, health, cost."""
     from batchnorm import deployment

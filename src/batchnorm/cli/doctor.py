@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.arguments import Weights, names
+from batchnorm.cli.arguments import Json, Weights, names
 from batchnorm.cli.errors import said
 
 Least = Annotated[str, typer.Option("--level", help="The lowest reported: note, warning or error.")]
@@ -13,7 +13,6 @@ Select = Annotated[
     str | None, typer.Option(help="Rules, or beginnings of them, with commas; all by default.")
 ]
 Ignore = Annotated[str | None, typer.Option(help="Rules not to check, with commas.")]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 Whole = Annotated[bool, typer.Option("--whole", help="Every layer of every rule.")]
 
 

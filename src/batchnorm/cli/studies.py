@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.arguments import Events, Language
+from batchnorm.cli.arguments import DataDir, Events, Language, Threads, TrainImages
 from batchnorm.cli.errors import said
 from batchnorm.errors import BatchNormError
 from batchnorm.lab import studies as library
@@ -56,9 +56,7 @@ def _add_study(command: str, names: list[str], asks: str) -> None:
         data: Annotated[
             str | None, typer.Option(help="In place of fashion-mnist: package.module:function.")
         ] = None,
-        data_dir: Annotated[
-            Path | None, typer.Option(help="Where Fashion-MNIST is looked for first.")
-        ] = None,
+        data_dir: DataDir = None,
         lang: Annotated[Language, typer.Option(help="Of what is printed.")] = Language.en,
         tensorboard: Events = None,
     ) -> None:
@@ -85,13 +83,9 @@ _add_study("all", list(library.NAMES), "All of them; cells that several ask for 
 def recalibration(
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 10,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
-    train_images: Annotated[int | None, typer.Option(help="The first N; all by default.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Of torch; part of the configuration.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where Fashion-MNIST is looked for first.")
-    ] = None,
+    train_images: TrainImages = None,
+    threads: Threads = None,
+    data_dir: DataDir = None,
     data: Annotated[
         str, typer.Option(help="fashion-mnist, or package.module:function (tensors).")
     ] = "fashion-mnist",
