@@ -45,14 +45,14 @@ def bench(
 
     The exit status is 1 where anything is slower than torch eager beyond noise.
     """
-    from batchnorm import speed
+    from batchnorm.speed import benching
     from batchnorm.views import speeds
 
     counts = None if threads is None else tuple(_counts(threads))
     asked = None if settings is None else tuple(names(settings) or ())
     speeds.refuse(picture, page, dtype)
     with Console(stderr=True).status("measuring") as status:
-        report = speed.bench(
+        report = benching.bench(
             settings=asked, threads=counts, dtype=dtype, rounds=rounds, compiled=compiled,
             quick=quick, told=lambda row: status.update(str(row)),
         )  # fmt: skip
