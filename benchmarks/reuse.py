@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from batchnorm.contenders import contenders
 
 from batchnorm.kernels import memory
 from batchnorm.lab.environment import environment
 from batchnorm.speed import cases, timing
+from batchnorm.speed.contenders import contenders
 from batchnorm.views import markdown
 
 SHAPES = tuple(shape for shape in cases.SHAPES if shape.family.endswith(("large", "beyond L3")))
