@@ -9,15 +9,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+from batchnorm.errors import BatchNormError, lacking
+
 try:
     import typer
     from rich.console import Console
 except ModuleNotFoundError as missing:
-    raise SystemExit(
-        f"batchnorm: the command needs {missing.name}. Install it: pip install 'batchnorm[lab]'"
-    ) from missing
+    raise SystemExit(f"batchnorm: {lacking('the command', missing)}") from missing
 
-from batchnorm.errors import BatchNormError
 from batchnorm.lab import studies as library
 
 app = typer.Typer(
@@ -43,8 +42,29 @@ Events = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if not asked:
+        return
+    from batchnorm.lab.environment import environment  # noqa: PLC0415  # not for --help
+
+    for name, value in environment().items():
+        if name != "started":
+            typer.echo(f"{name}: {value}")
+    raise typer.Exit
+
+
 @app.callback()
-def batchnorm() -> None:
+def batchnorm(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="This package's, and what it runs on.",
+        ),
+    ] = False,
+) -> None:
     """Batch normalization in PyTorch: train with and without, and see the difference."""
 
 
@@ -564,10 +584,7 @@ def said() -> Iterator[None]:
         errors.print(f"batchnorm: {error}", markup=False)
         raise typer.Exit(2) from error
     except ModuleNotFoundError as error:
-        errors.print(
-            f"batchnorm: the command needs {error.name}. Install it: pip install 'batchnorm[lab]'",
-            markup=False,
-        )
+        errors.print(f"batchnorm: {lacking('the command', error)}", markup=False)
         raise typer.Exit(2) from error
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
