@@ -1,5 +1,8 @@
 """The one exception that this library raises for a mistake that a user can mend, and its sentences."""
 
+import importlib
+from typing import Any
+
 EXTRAS = {  # what `pip install batchnorm` leaves out, by the modules that are imported
     "lab": (
         "altair", "filelock", "jinja2", "matplotlib", "PIL", "pooch", "rich", "scipy", "typer",
@@ -41,3 +44,11 @@ def lacking(what: str, missing: ModuleNotFoundError) -> str:
         if module in modules:
             return f"{what} needs {module}. Install it: pip install 'batchnorm[{extra}]'"
     return f"{what} needs {module}, which is not installed."
+
+
+def needed(module: str, what: str) -> Any:
+    """Import a module that an extra brings and that `what` needs."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(lacking(what, missing), name=missing.name) from missing
