@@ -1,6 +1,6 @@
 """What `watch` costs: training steps with it beside the same steps without, in one process.
 
-Blocks of steps alternate; medians, and the ratio of each pair. The losses are compared, too: they
+Blocks of steps alternate; the median and the quartiles of the ratios of the pairs. The losses are compared, too: they
 are the same bits.
 
     python benchmarks/watch.py [--rounds 9] [--json FILE]
@@ -61,7 +61,7 @@ def block(model: nn.Module, x: Tensor, steps: int, *, watched: bool) -> tuple[fl
 def main() -> None:
     """Time both in turn, print medians and ratios."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="2 or more")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args()
     where = environment()
@@ -79,9 +79,9 @@ def main() -> None:
             assert losses[True] == losses[False]
             if place:  # the first one warms up
                 ratios.append(seconds[True] / seconds[False])
-        low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+        low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"{name:28} {middle - 1:+7.1%}   ({low - 1:+.1%} to {high - 1:+.1%})", flush=True)
-        rows[name] = {"median": middle, "least": low, "most": high}
+        rows[name] = {"median": middle, "quartiles": [low, high]}
     if options.json is not None:
         options.json.write_text(json.dumps({"environment": where, "ratios": rows}, indent=2) + "\n")
 

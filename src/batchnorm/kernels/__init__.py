@@ -39,6 +39,12 @@ def batch_norm(
     pool: str | None = None,
 ) -> Tensor:
     """Normalize x: (N, C, *spatial); see `batchnorm.batch_norm` for the equations."""
+    plain = residual is None and activation is None and pool is None
+    if plain and training and native.sooner_by_torch(x, running_mean, weight, bias):
+        # past F.batch_norm, whose checks functional has made
+        return torch.batch_norm(
+            x, weight, bias, running_mean, running_var, training, momentum, eps, False
+        )
     ours = native.NATIVE and native.fits(x, running_mean, running_var, weight, bias, residual)
     if pool is not None and not (ours and native.pools(x, residual)):
         y = batch_norm(
@@ -69,7 +75,7 @@ def batch_norm(
             pool,
         )
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    if residual is None and activation is None:
+    if plain:
         return y
     # nobody else holds y, and no backward pass reads it: what follows may be written over it, which
     # saves the fresh memory; a transform may have made the residual larger than y

@@ -54,6 +54,9 @@ def backward(
     winner: int,
     /,
 ) -> None: ...
+def near_zero(
+    rows: bool, batch: int, channels: int, plane: int, x: int, near: float, /
+) -> bool: ...
 def moments(
     dtype: int,
     rows: bool,

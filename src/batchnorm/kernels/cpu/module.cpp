@@ -333,6 +333,20 @@ void moments(int dtype, bool rows, std::int64_t batch, std::int64_t channels, st
   kernels_of(job).moments(job);
 }
 
+// Whether in every channel of float values |mean| ≤ near · √var, and var is a float; not where either is
+// not finite.
+bool near_zero(bool rows, std::int64_t batch, std::int64_t channels, std::int64_t plane, Address x,
+               double near) {
+  std::vector<double> statistics(static_cast<std::size_t>(channels < 1 ? 0 : 3 * channels));
+  moments(static_cast<int>(Dtype::float32), rows, batch, channels, plane, 1, x,
+          reinterpret_cast<Address>(statistics.data()));
+  const double *const mean = statistics.data(), *const var = mean + channels;
+  for (std::int64_t c = 0; c < channels; ++c)
+    if (!(mean[c] * mean[c] <= near * near * var[c] && var[c] <= std::numeric_limits<float>::max()))
+      return false;
+  return true;
+}
+
 // dx from sums that somebody has added up: over more than x holds, scaled to its count of values.
 void input_gradient(int dtype, bool rows, std::int64_t batch, std::int64_t channels,
                     std::int64_t plane, int threads, Address x, Address dy, Address dx,
@@ -424,6 +438,7 @@ NB_MODULE(_cpu, m) {
   m.def("forward", &batchnorm::forward, Released());
   m.def("backward", &batchnorm::backward, Released());
   m.def("moments", &batchnorm::moments, Released());
+  m.def("near_zero", &batchnorm::near_zero, Released());
   m.def("input_gradient", &batchnorm::input_gradient, Released());
   m.def("isa", [] { return std::string(batchnorm::chosen().name); });
   m.def("has_pool", &batchnorm::has_pool);
