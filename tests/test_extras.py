@@ -88,9 +88,20 @@ def test_each_library_of_the_laboratory_is_missed_before_a_training():
         assert re.fullmatch(asked + r"Install it: pip install 'batchnorm\[lab\]'", line), line
 
 
+@pytest.fixture
+def without(monkeypatch):
+    """A function that makes a library as if it were not there, whatever was imported before."""
+
+    def hide(module):
+        for name in [module, *(name for name in sys.modules if name.startswith(f"{module}."))]:
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return hide
+
+
 @pytest.mark.parametrize("name", ["from_onnx", "to_onnx"])
-def test_onnx_s_layers_ask_for_onnx(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)
+def test_onnx_s_layers_ask_for_onnx(name, without):
+    without("onnx")
     with pytest.raises(ModuleNotFoundError) as raised:
         getattr(batchnorm, name)(batchnorm.BatchNorm2d(3))
     assert str(raised.value) == f"{name} needs onnx. Install it: pip install 'batchnorm[export]'"
@@ -100,8 +111,8 @@ def test_onnx_s_layers_ask_for_onnx(name, monkeypatch):
     ("module", "suffix"),
     [("onnxscript", "onnx"), ("onnxruntime", "onnx"), ("safetensors", "safetensors")],
 )
-def test_nothing_is_written_that_cannot_be_finished(module, suffix, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, module, None)
+def test_nothing_is_written_that_cannot_be_finished(module, suffix, without, tmp_path):
+    without(module)
     fold = ["fold", "tiny:network", "--input", "2,1,28,28", "--to", str(tmp_path / f"m.{suffix}")]
     result = CliRunner().invoke(app, fold)
     assert result.exit_code == 2
