@@ -7,7 +7,7 @@ laboratory (`compare`) and other frameworks' conventions load when they are firs
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, lacking
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import backend
 from batchnorm.kernels.memory import reuse_memory
@@ -137,6 +137,5 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_LATER[name]), name)
     except ModuleNotFoundError as missing:
         raise ModuleNotFoundError(
-            f"batchnorm.{name} needs {missing.name}. Install it: pip install 'batchnorm[lab]'",
-            name=missing.name,
+            lacking(f"batchnorm.{name}", missing), name=missing.name
         ) from missing

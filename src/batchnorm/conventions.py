@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, needed
 from batchnorm.layers import BatchNorm
 from batchnorm.model.discovery import Norm, activation_of, constant_norms
 from batchnorm.variants.estimators import EstimatorBatchNorm
@@ -177,9 +177,9 @@ def from_onnx(model: Foreign, *, count: int | None = None) -> dict[str, BatchNor
     Raises:
         BatchNormError: no model, or one without such a node; a node whose values are computed in the
             graph; a count below 2.
+        ModuleNotFoundError: onnx is not installed.
     """
-    from onnx import numpy_helper  # noqa: PLC0415  # an extra
-
+    numpy_helper = needed("onnx.numpy_helper", "from_onnx")
     if not hasattr(model, "graph"):
         raise BatchNormError(
             f"from_onnx got a {type(model).__name__} and wants an onnx.ModelProto: onnx.load(path)."
@@ -222,9 +222,11 @@ def to_onnx(
 
     Raises:
         BatchNormError: as `to_keras`.
+        ModuleNotFoundError: onnx is not installed.
     """
-    from onnx import helper, numpy_helper  # noqa: PLC0415  # an extra
-
+    helper, numpy_helper = (
+        needed(module, "to_onnx") for module in ("onnx.helper", "onnx.numpy_helper")
+    )
     state = _exported(norm, "to_onnx", count)
     ones = np.ones_like(state.mean)
     weight = ones if state.weight is None else state.weight  # ONNX has no batch norm without

@@ -10,7 +10,8 @@ from torch import nn
 
 from batchnorm.model.discovery import uncompiled
 
-OURS = ("torch", "batchnorm")
+# none of them has the user's own variables, but that a notebook's are also in IPython's user_ns
+PASSED_OVER = ("torch", "batchnorm", "IPython", "ipykernel")
 FOLLOWED = 100  # the longest container that is looked into
 
 
@@ -42,10 +43,10 @@ def _let_go(frames: list[FrameType]) -> None:
 
 
 def _frames() -> Iterator[FrameType]:
-    """The callers, without torch's and ours, the innermost first."""
+    """The callers who are the user's, the innermost first."""
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # who called
     while frame is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] not in OURS:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in PASSED_OVER:
             yield frame
         frame = frame.f_back
 

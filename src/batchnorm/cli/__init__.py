@@ -1,15 +1,16 @@
 """The command: parse, call, print. What a command needs is imported in it: not for --help."""
 
 import sys
+from typing import Annotated
+
+from batchnorm.errors import lacking
 
 try:
     import typer
 
     from batchnorm.cli import comparison, deployment, doctor, speed, studies
 except ModuleNotFoundError as missing:
-    raise SystemExit(
-        f"batchnorm: the command needs {missing.name}. Install it: pip install 'batchnorm[lab]'"
-    ) from missing
+    raise SystemExit(f"batchnorm: {lacking('the command', missing)}") from missing
 
 app = typer.Typer(
     name="batchnorm",
@@ -18,6 +19,33 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if not asked:
+        return
+    from batchnorm.lab.environment import environment  # not for --help
+
+    for name, value in environment().items():
+        if name != "started":
+            typer.echo(f"{name}: {value}")
+    raise typer.Exit
+
+
+@app.callback()
+def batchnorm(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="This package's, and what it runs on.",
+        ),
+    ] = False,
+) -> None:
+    """Batch normalization in PyTorch: train with and without, and see the difference."""
+
 
 for _command in (
     comparison.compare,

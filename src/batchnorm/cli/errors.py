@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import typer
 from rich.console import Console
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, lacking
 
 
 @contextlib.contextmanager
@@ -21,10 +21,7 @@ def said() -> Iterator[None]:
         errors.print(f"batchnorm: {error}", markup=False)
         raise typer.Exit(2) from error
     except ModuleNotFoundError as error:
-        errors.print(
-            f"batchnorm: the command needs {error.name}. Install it: pip install 'batchnorm[lab]'",
-            markup=False,
-        )
+        errors.print(f"batchnorm: {lacking('the command', error)}", markup=False)
         raise typer.Exit(2) from error
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from batchnorm.errors import BatchNormError, brief
+from batchnorm.errors import BatchNormError, brief, lacking
 from batchnorm.lab import cells
 from batchnorm.lab.record import CellConfig, read_cell
 from batchnorm.lab.study import Config, Probe
@@ -319,9 +319,7 @@ def _client(address: str) -> Iterator[Any]:
     try:
         import distributed  # noqa: PLC0415  # an extra
     except ModuleNotFoundError as missing:
-        raise BatchNormError(
-            "a cluster needs Dask. Install it: pip install 'batchnorm[dask]'"
-        ) from missing
+        raise BatchNormError(lacking("a cluster", missing)) from missing
     try:
         client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:

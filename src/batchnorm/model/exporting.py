@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from batchnorm.errors import BatchNormError, brief
+from batchnorm.errors import BatchNormError, brief, needed
 from batchnorm.model.calling import feed
 
 
@@ -40,6 +40,8 @@ class Agreement:
 
 def to_onnx(model: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
     """Write ONNX, by torch.onnx; see `_exported` for the batch."""
+    for module in ("onnxscript", "onnxruntime"):  # also what compares: no file is left unproven
+        needed(module, "an export to ONNX")
     program = _exported(model, inputs)
     with _quiet():
         onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, lacking
 from batchnorm.lab.record import Cell, Record
 from batchnorm.lab.results import Result
 from batchnorm.views import study_charts
@@ -31,9 +31,7 @@ def check() -> None:
     try:
         import tensorboard  # noqa: F401, PLC0415  # an extra
     except ModuleNotFoundError as missing:
-        raise BatchNormError(
-            "event files need TensorBoard. Install it: pip install 'batchnorm[tensorboard]'"
-        ) from missing
+        raise BatchNormError(lacking("an event file", missing)) from missing
 
 
 def of_record(record: Record, folder: Path) -> None:
