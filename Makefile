@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint bench sanitize arm clean
+.PHONY: demo test lint docs bench sanitize arm clean
 
 demo: $(VENV)/demo-installed  ## train with and without batch normalization; look into demo/
 	$(BIN)/batchnorm compare --out $(DEMO)
@@ -17,6 +17,9 @@ lint: $(VENV)/dev-installed  ## formatter, linter, type checker
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+docs: $(VENV)/dev-installed  ## the site, into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/docs
 
 bench: $(VENV)/dev-installed  ## the note's way of training beside ours
 	$(BIN)/python benchmarks/lenet.py
