@@ -34,6 +34,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 4  # GitHub's anchors
 nb_execution_mode = "off"  # what a notebook printed is committed with it, and a test runs it
 default_role = "code"
+smartquotes_action = "D"  # dashes alone: quotation marks are meant as they stand
 
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
@@ -104,9 +105,11 @@ def on_source(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = "\n".join(kept)
     if docname == COMMANDS:
         command = typer.main.get_command(cli.app)
-        source[0] += get_docs_for_click(
+        text = get_docs_for_click(
             obj=command, ctx=typer.Context(command), indent=1, name="batchnorm"
         )
+        # the lists of commands, cut to 45 letters, in front of the commands themselves
+        source[0] += re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text)
 
 
 def _empty_glob(app: Sphinx, line: str) -> bool:
