@@ -83,9 +83,10 @@ def _language(block: list[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """(N, C, *spatial), |d| and d_ are meant as they stand; code stays code."""
+    """(N, C, *spatial), |d|, d_ and "C." are meant as they stand; code stays code."""
     parts = CODE.split(text)
-    parts[::2] = [re.sub(r"[*|\\]|_(?!\w)", r"\\\g<0>", part) for part in parts[::2]]
+    meant = re.compile(r"[*|\\]|_(?!\w)|(?<=: )[A-Z](?=\.$)", re.MULTILINE)
+    parts[::2] = [meant.sub(r"\\\g<0>", part) for part in parts[::2]]
     parts[1::2] = [f"``{part.strip('`')}``" for part in parts[1::2]]
     return "".join(parts)
 
@@ -109,7 +110,10 @@ def on_source(app: Sphinx, docname: str, source: list[str]) -> None:
             obj=command, ctx=typer.Context(command), indent=1, name="batchnorm"
         )
         # the lists of commands, cut to 45 letters, in front of the commands themselves
-        source[0] += re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text)
+        text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text)
+        parts = CODE.split(text)  # an option that a sentence names is code, too
+        parts[::2] = [re.sub(r"--[a-z][a-z-]+", r"`\g<0>`", part) for part in parts[::2]]
+        source[0] += "".join(parts)
 
 
 def _empty_glob(app: Sphinx, line: str) -> bool:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -130,6 +131,7 @@ def test_docstrings_are_drawn_as_they_are_meant(site):
         "<pre><span></span>running ← (1 − momentum) · running + momentum · batch,\n</pre>" in html
     )
     assert html.count('class="highlight-python') >= 3  # of code in docstrings, not of equations
+    assert "<strong>num_features</strong> – C.</p>" in html  # no list that starts at C
     assert "`" not in html.partition("<article")[2].partition("</article>")[0]
 
 
@@ -171,6 +173,8 @@ def commands_of(command, path):
 
 def test_every_command_and_option_is_told_of(site):
     html = (site / "docs/commands.html").read_text(encoding="utf-8")
+    assert "in place of <code" in html  # the option --input, with both its dashes
+    assert re.search("–[a-z]", html) is None
     command = typer.main.get_command(cli.app)
     for path in commands_of(command, "batchnorm"):
         assert f'id="{path.replace(" ", "-")}"' in html, path
