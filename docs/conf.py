@@ -111,9 +111,12 @@ def on_source(app: Sphinx, docname: str, source: list[str]) -> None:
         )
         # the lists of commands, cut to 45 letters, in front of the commands themselves
         text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text)
-        parts = CODE.split(text)  # an option that a sentence names is code, too
-        parts[::2] = [re.sub(r"--[a-z][a-z-]+", r"`\g<0>`", part) for part in parts[::2]]
-        source[0] += "".join(parts)
+        source[0] += re.sub(f"```[^`]+```|{CODE.pattern}|(--[a-z][a-z-]+)", _as_code, text)
+
+
+def _as_code(found: re.Match[str]) -> str:
+    """An option that a sentence names is code, too."""
+    return f"`{found[2]}`" if found[2] else found[0]
 
 
 def _empty_glob(app: Sphinx, line: str) -> bool:
