@@ -100,7 +100,11 @@ def on_docstring(
 
 
 def on_source(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Behind the page of the commands goes what typer says of each."""
+    """A link to a folder leads to its first page; behind the commands' page goes what typer says."""
+    here = (app.srcdir / docname).parent
+    source[0] = re.sub(
+        r"(?<=\]\()[\w./-]+(?=\))", lambda link: _first_page(here, link[0]), source[0]
+    )
     if docname == root_doc:  # PROVISIONAL
         kept = [line for line in source[0].splitlines() if not _empty_glob(app, line)]
         source[0] = "\n".join(kept)
@@ -112,6 +116,13 @@ def on_source(app: Sphinx, docname: str, source: list[str]) -> None:
         # the lists of commands, cut to 45 letters, in front of the commands themselves
         text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text)
         source[0] += re.sub(f"```[^`]+```|{CODE.pattern}|(--[a-z][a-z-]+)", _as_code, text)
+
+
+def _first_page(here: Path, link: str) -> str:
+    folder = here / link
+    pages = ["README.md", *sorted(path.name for path in folder.glob("*.ipynb"))]
+    there = [f"{link.rstrip('/')}/{page}" for page in pages if (folder / page).is_file()]
+    return there[0] if there else link
 
 
 def _as_code(found: re.Match[str]) -> str:
