@@ -105,7 +105,7 @@ def on_source(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = re.sub(
         r"(?<=\]\()[\w./-]+(?=\))", lambda link: _first_page(here, link[0]), source[0]
     )
-    if docname == root_doc:  # PROVISIONAL
+    if docname == root_doc:  # a pattern that fits no page yet would be a warning
         kept = [line for line in source[0].splitlines() if not _empty_glob(app, line)]
         source[0] = "\n".join(kept)
     if docname == COMMANDS:
