@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint notebooks bench sanitize arm clean
+.PHONY: demo test lint docs notebooks bench sanitize arm clean
 
 demo: $(VENV)/demo-installed  ## train with and without batch normalization; look into demo/
 	$(BIN)/batchnorm compare --out $(DEMO)
@@ -20,6 +20,9 @@ lint: $(VENV)/dev-installed  ## formatter, linter, type checker
 
 notebooks: $(VENV)/dev-installed  ## run the notebooks again, and keep what they print and draw
 	$(BIN)/python examples/notebooks/execute.py
+
+docs: $(VENV)/dev-installed  ## the site, into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/docs
 
 bench: $(VENV)/dev-installed  ## the note's way of training beside ours
 	$(BIN)/python benchmarks/lenet.py

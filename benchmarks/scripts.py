@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "five-scripts.md"
 HEAD = """\
 # Five broken training scripts
 
-As people write them, under `batchnorm watch`, and repaired. The scripts are in [examples](../examples);
+As people write them, under `batchnorm watch`, and repaired. The scripts are in [examples](../examples/README.md);
 this page is made by `python benchmarks/scripts.py`, and what it shows is the terminal's own output.
 """
 
