@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -35,12 +35,12 @@ def remade(page: Path) -> str:
     Raises:
         whatever its code raises.
     """
-    text, names = page.read_text(encoding="utf-8"), {"__name__": page.stem}
+    text, program = page.read_text(encoding="utf-8"), ModuleType("page")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        return BLOCK.sub(lambda block: _run(block, page, names), text)
+        return BLOCK.sub(lambda block: _run(block, page, program), text)
 
 
-def _run(block: re.Match[str], page: Path, names: dict[str, Any]) -> str:
+def _run(block: re.Match[str], page: Path, program: ModuleType) -> str:
     """A block again, with what it says."""
     code = block["code"]
     if block["kind"] == "console":
@@ -50,7 +50,7 @@ def _run(block: re.Match[str], page: Path, names: dict[str, Any]) -> str:
         return block[0]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        exec(compile(code, str(page), "exec"), names)  # noqa: S102  # our own page
+        exec(compile(code, str(page), "exec"), vars(program))  # noqa: S102  # our own page
     shown = f"\n```text\n{_trimmed(said.getvalue())}```\n" if said.getvalue() else ""
     return f"```python\n{code}```\n{shown}"
 
