@@ -132,9 +132,22 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Forward {
     Tiles<T, ACTIVATION, RESIDUAL>::normalize(job, t, tables);
   }
 
+  // Where nothing is summed, x is read once: in the order of memory, as the hardware expects it.
+  static void in_order(const Job& job, const Cut& cut) {
+    Scratch scratch(Scratch::bytes<Affine<A>>(job.channels));
+    Affine<A>* affine = scratch.take<Affine<A>>(job.channels);
+    for (std::int64_t c = 0; c < job.channels; ++c) affine[c] = affine_of<A>(job, c);
+    over_samples(job, 0, job.channels, cut.threads, [&](const Part& part, int) {
+      for (std::int64_t n = part.begin; n < part.end; ++n)
+        for (std::int64_t c = 0; c < job.channels; ++c)
+          P::normalize_run(job, (n * job.channels + c) * job.plane, job.plane, affine[c]);
+    });
+  }
+
   static void planes(const Job& job, bool sum, bool write) {
     const Cut cut = cut_of(job, sizeof(T), 1);
     if (cut.shared && sum) return shared(job, cut, write);
+    if (!sum && job.plane >= 2 * LANES<A> && job.batch >= cut.threads) return in_order(job, cut);
     const auto group = [&](const Part& part) {
       if (cut.tiled) return tiled(job, part, sum, write);
       if (sum) {

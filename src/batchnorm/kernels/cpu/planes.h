@@ -154,7 +154,7 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Planes : Run<T, 
     const T* x = static_cast<const T*>(job.x);
     const V high = splat<A>(affine.high), scale = splat<A>(affine.scale),
             shift = splat<A>(affine.shift);
-    write_run(static_cast<T*>(job.y), start, length, job.past_caches,
+    write_run(static_cast<T*>(job.y), start, length, job.past_caches, true,
               [&](std::int64_t i, int lanes) {
                 V r{};
                 if constexpr (RESIDUAL) r = take(static_cast<const T*>(job.extra) + i, lanes);
@@ -255,7 +255,7 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Planes : Run<T, 
     const V high = splat<A>(affine.high), scale = splat<A>(affine.scale),
             shift = splat<A>(affine.shift), steep = splat<A>(slope.slope),
             offset = splat<A>(slope.offset);
-    write_run(static_cast<T*>(job.dx), start, length, job.past_caches,
+    write_run(static_cast<T*>(job.dx), start, length, job.past_caches, dy != job.dx,
               [&](std::int64_t i, int lanes) {
                 const V centred = take(x + i, lanes) - high;
                 V g = take(dy + i, lanes), other{};

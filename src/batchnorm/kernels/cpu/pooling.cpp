@@ -94,7 +94,7 @@ template <Activation ACTIVATION, bool MAXIMUM> struct Pooling {
                    const Buffer& buffer) {
     const float* x = static_cast<const float*>(job.x) + band.start;
     const V high = splat(affine.high), scale = splat(affine.scale), shift = splat(affine.shift);
-    write_run(buffer.plane, 0, band.pairs * 2 * job.width, false, [&](std::int64_t i, int lanes) {
+    write_run(buffer.plane, 0, band.pairs * 2 * job.width, false, true, [&](std::int64_t i, int lanes) {
       return R::forward(take(x + i, lanes), high, scale, shift, V{});
     });
     const std::int64_t half = job.width / 2;

@@ -208,22 +208,29 @@ inline void finish_stores() {
 #endif
 }
 
-// value(i, lanes) to `to + i`, for `length` elements from `start`, in vectors; lanes < L at the ends.
+// value(i, lanes) to `to + i`, for `length` elements from `start`, in vectors; lanes < L at the ends. Where
+// a value may be computed `twice`, since no input is written over, whole vectors overlap there, and those
+// between them lie in one cache line each: masked stores, and such as cross a line, take several times
+// as long.
 template <class T, class Value>
-inline void write_run(T* to, std::int64_t start, std::int64_t length, bool past_caches,
+inline void write_run(T* to, std::int64_t start, std::int64_t length, bool past_caches, bool twice,
                       const Value& value) {
   constexpr int L = LANES<ComputedIn<T>>;
   constexpr std::int64_t bytes = L * static_cast<std::int64_t>(sizeof(T));
   std::int64_t i = start;
   const std::int64_t end = start + length;
-  if (past_caches) {
+  twice = twice && length >= L;
+  if (past_caches || twice) {
     const auto beyond = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to + i) % bytes);
     std::int64_t head = beyond == 0 ? 0 : (bytes - beyond) / static_cast<std::int64_t>(sizeof(T));
     if (head > length) head = length;
     if (head > 0) {
-      store(to + i, value(i, static_cast<int>(head)), static_cast<int>(head));
+      if (twice) store(to + i, value(i, L));
+      else store(to + i, value(i, static_cast<int>(head)), static_cast<int>(head));
       i += head;
     }
+  }
+  if (past_caches) {
     for (; i + L <= end; i += L) store_past_caches(to + i, value(i, L));
   } else {
     for (; i + 2 * L <= end; i += 2 * L) {
@@ -236,7 +243,9 @@ inline void write_run(T* to, std::int64_t start, std::int64_t length, bool past_
       i += L;
     }
   }
-  if (i < end) store(to + i, value(i, static_cast<int>(end - i)), static_cast<int>(end - i));
+  if (i == end) return;
+  if (twice) store(to + end - L, value(end - L, L));
+  else store(to + i, value(i, static_cast<int>(end - i)), static_cast<int>(end - i));
 }
 
 // value in the first `count` lanes, 0 in the others.
