@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm
-from batchnorm import speed
 from batchnorm.lab import arms, networks
 from batchnorm.lab.environment import environment
+from batchnorm.speed import timing
 from batchnorm.views import markdown
 
 
@@ -174,7 +174,7 @@ def measure(name: str, rounds: int) -> Row:
         calls["pooled"] = step_of(pooled, workload)
     for k, place in enumerate(workload.places):
         calls |= {f"{what} {k}": call for what, call in calls_of(place).items()}
-    return Row(name, speed.measure(calls, rounds))
+    return Row(name, timing.measure(calls, rounds))
 
 
 def main() -> None:

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 
-from batchnorm import speed
 from batchnorm.kernels import memory
 from batchnorm.lab.environment import environment
+from batchnorm.speed import cases, timing
+from batchnorm.speed.contenders import contenders
 from batchnorm.views import markdown
 
-SHAPES = tuple(shape for shape in speed.SHAPES if shape.family.endswith(("large", "beyond L3")))
+SHAPES = tuple(shape for shape in cases.SHAPES if shape.family.endswith(("large", "beyond L3")))
 OPERATIONS = tuple(
-    speed.Operation(step, fusion) for fusion in ("plain", "ReLU") for step in ("forward", "both")
+    cases.Operation(step, fusion) for fusion in ("plain", "ReLU") for step in ("forward", "both")
 )
 HEADER = ["shape", "with", "pass", "torch ÷ ours", "torch ÷ ours without", "without ÷ with"]
 
@@ -61,16 +62,16 @@ def switched(call: Callable[[], object], *, on: bool) -> Callable[[], object]:
     return timed
 
 
-def measure(shape: speed.Shape, operation: speed.Operation, rounds: int) -> Row:
+def measure(shape: cases.Shape, operation: cases.Operation, rounds: int) -> Row:
     """One shape and pass."""
-    calls = speed.contenders(shape, operation, torch.float32)
+    calls = contenders(shape, operation, torch.float32)
     ours = calls["ours"]
     timed = {
         "torch": calls["torch"],
         "ours": switched(ours, on=True),
         "without": switched(ours, on=False),
     }
-    return Row(shape.name, operation.fusion, operation.step, speed.measure(timed, rounds))
+    return Row(shape.name, operation.fusion, operation.step, timing.measure(timed, rounds))
 
 
 def main() -> None:

@@ -159,11 +159,6 @@ def training(model: nn.Module, **options: Any) -> Situation:
     return Situation(model.train(), train=lambda situation: steps(situation, **options))
 
 
-def retrained(**options: Any) -> Callable[[Situation], Situation]:
-    """Trained again, in another way."""
-    return lambda situation: training(situation.model, **options)
-
-
 class Checkpointed(nn.Module):
     """A block that is computed again in the backward pass."""
 

@@ -1,30 +1,13 @@
 """A small version of benchmarks/accuracy.py: nowhere less accurate than torch, and faults are seen."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+import accuracy
 import batchnorm
 from batchnorm import reference
 
-ROOT = Path(__file__).parent.parent
 SHAPE = (8, 16, 14, 14)
-
-
-def load():
-    """benchmarks/accuracy.py."""
-    path = ROOT / "benchmarks" / "accuracy.py"
-    spec = importlib.util.spec_from_file_location("accuracy", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["accuracy"] = module  # its dataclasses look there for their module
-    spec.loader.exec_module(module)
-    return module
-
-
-accuracy = load()
 CASES = list(accuracy.cases())
 FLOAT32 = accuracy.Case(torch.float32, 1e4, "NCHW")
 

@@ -1,40 +1,16 @@
 """benchmarks/memory.py, networks.py and stacked.py: what they count and compare; nothing is timed."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 import batchnorm
-
-ROOT = Path(__file__).parent.parent
-
-
-def load(name, monkeypatch):
-    """benchmarks/NAME.py, which imports its neighbours."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    path = ROOT / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
+import memory
+import networks
+import stacked
 
 
-@pytest.fixture
-def memory(monkeypatch):
-    return load("memory", monkeypatch)
-
-
-@pytest.fixture
-def networks(monkeypatch):
-    return load("networks", monkeypatch)
-
-
-def test_the_peak_is_counted_to_the_byte(memory):
+def test_the_peak_is_counted_to_the_byte():
     def step():
         a = torch.empty(1024, 1024)
         b = torch.empty(256, 1024)
@@ -45,13 +21,13 @@ def test_the_peak_is_counted_to_the_byte(memory):
     assert memory._allocated(step) == 4 * 1024 * (1024 + 256)
 
 
-def test_the_resident_set_rises_by_what_is_touched(memory):
+def test_the_resident_set_rises_by_what_is_touched():
     risen = memory._resident(lambda: torch.ones(64, 1024, 1024))
     assert risen >= 255 * 2**20  # 256 MiB, and pages that were there already
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "out of place"])
-def test_a_step_allocates_no_more_than_torch(memory, monkeypatch, in_place):
+def test_a_step_allocates_no_more_than_torch(monkeypatch, in_place):
     build = memory.Large if in_place else memory.OutOfPlace
     workload = memory.Workload(build, (4, 64, 28, 28), differentiated=True)
     monkeypatch.setitem(memory.WORKLOADS, "small", workload)
@@ -63,7 +39,7 @@ def test_a_step_allocates_no_more_than_torch(memory, monkeypatch, in_place):
         assert peaks[2].allocated <= peaks[0].allocated - y + peaks[0].statistics
 
 
-def test_more_than_torch_is_found(memory):
+def test_more_than_torch_is_found():
     peaks = [
         memory.Peak("w", arm, allocated, None, statistics=16)
         for arm, allocated in zip(memory.ARMS, (100, 117, 116), strict=True)
@@ -72,7 +48,7 @@ def test_more_than_torch_is_found(memory):
     assert "| w | convert(fuse=True) | 0.0 | 1.16 |  |" in memory.table(peaks)
 
 
-def test_the_arms_begin_with_the_same_weights(networks):
+def test_the_arms_begin_with_the_same_weights():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
     theirs, ours, fused = networks.arms_of(model).values()
     assert theirs is model
@@ -84,7 +60,7 @@ def test_the_arms_begin_with_the_same_weights(networks):
         assert all(torch.equal(a, b) and a is not b for a, b in weights)
 
 
-def test_every_arm_trains(networks):
+def test_every_arm_trains():
     torch.manual_seed(0)
     x, labels = torch.randn(4, 3, 8, 8), torch.randint(2, (4,))
     model = nn.Sequential(
@@ -101,7 +77,7 @@ def test_every_arm_trains(networks):
         torch.testing.assert_close(other, first)
 
 
-def test_ratios_round_by_round(networks):
+def test_ratios_round_by_round():
     seconds = {"torch.nn": [2.0, 3.0, 6.0], "convert": [1.0, 2.0, 2.0]}
     seconds["convert(fuse=True)"] = [1.0, 1.0, 1.0]
     row = networks.Row("n", "NCHW", "1 × 8²", 1.2, seconds)
@@ -111,7 +87,7 @@ def test_ratios_round_by_round(networks):
     ]  # fmt: skip
 
 
-def test_every_round_begins_with_another_arm(networks):
+def test_every_round_begins_with_another_arm():
     order = []
     ways = {name: lambda name=name: order.append(name) or 1.0 for name in "ab"}
     assert networks.measure(ways, 2, 2) == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
@@ -119,8 +95,7 @@ def test_every_round_begins_with_another_arm(networks):
 
 
 @pytest.mark.parametrize("way", ["grouped", "vmapped"])
-def test_seeds_that_are_trained_at_once_have_the_losses_of_each_alone(monkeypatch, way):
-    stacked = load("stacked", monkeypatch)
+def test_seeds_that_are_trained_at_once_have_the_losses_of_each_alone(way):
     steps = [(x.double(), y) for x, y in stacked.batches(seeds=3, steps=4)]
 
     def models():

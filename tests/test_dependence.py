@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import batchnorm
+import rules as cases
 from batchnorm.checks.findings import Level
-from test_checks import cases
 
 
 class Similarities(nn.Module):

@@ -271,7 +271,8 @@ def test_update_once_holds_for_every_backward_pass(kind, prepare):
 
 @pytest.mark.parametrize("prepare", [frozen_and_moving, partial(batchnorm.convert, to="renorm")])
 def test_a_checkpoint_that_a_model_makes_itself_can_be_switched_off(prepare):
-    torchvision = pytest.importorskip("torchvision")
+    import torchvision
+
     options = {"growth_rate": 4, "block_config": (2,), "num_init_features": 4, "num_classes": 2}
     model = prepare(torchvision.models.DenseNet(**options, memory_efficient=True))
     x, off = torch.randn(4, 3, 32, 32), "memory_efficient=False"

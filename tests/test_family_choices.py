@@ -223,7 +223,8 @@ def test_a_frozen_layer_takes_masks_and_axes_where_its_kind_does():
 
 
 def test_others_constants_follow_casts_and_say_so():
-    torchvision = pytest.importorskip("torchvision")
+    import torchvision
+
     model = nn.Sequential(torchvision.ops.FrozenBatchNorm2d(3))
     batchnorm.keep_float32(model)
     assert "a FrozenBatchNorm2d, which follows casts" in str(batchnorm.changes(model))

@@ -8,10 +8,11 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import batchnorm
+import rules as cases
 from batchnorm import BatchNormError
 from batchnorm.checks.checking import Examining
 from batchnorm.model.weights import Checkpoint
-from test_checks import cases, folder, invoke  # noqa: F401  # a fixture
+from commands import folder, invoke  # noqa: F401  # a fixture
 
 
 def images(count=4):

@@ -1,25 +1,15 @@
 """Others' models, a few of those in docs/models.md, through everything that the table shows."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import models
+
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def models():
-    """benchmarks/models.py."""
-    spec = importlib.util.spec_from_file_location("models", ROOT / "benchmarks" / "models.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["models"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
 
 
 # name -> norms, of them folded, fused
@@ -41,7 +31,7 @@ def small(text):
 
 @pytest.mark.filterwarnings("ignore")  # of others' models
 @pytest.mark.parametrize(("name", "counts"), SAMPLE.items(), ids=SAMPLE)
-def test_every_tool_on_it(models, name, counts):
+def test_every_tool_on_it(name, counts):
     group, build = models.all_models()[name]
     line = models.examine(group, name, build)
     done, error = line.recalibrated.split(", ")
@@ -59,7 +49,7 @@ def test_every_tool_on_it(models, name, counts):
     )
 
 
-def test_the_page_has_every_model(models):
+def test_the_page_has_every_model():
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     for name, (group, build) in models.all_models().items():
         if group == "timm":

@@ -9,10 +9,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from batchnorm import speed
 from batchnorm.cli import app
 from batchnorm.errors import BatchNormError
-from batchnorm.speed import OPERATIONS, OVERHEAD, Operation, Plan, Row, Shape
+from batchnorm.speed import benching, contenders, settings, timing
+from batchnorm.speed.cases import DTYPES, OPERATIONS, OVERHEAD, SHAPES, Operation, Plan, Shape
+from batchnorm.speed.rows import Report, Row, chance
 from batchnorm.views import markdown, speeds
 from tolerance import bound
 
@@ -28,15 +29,15 @@ ROWS = 3 * 16 + 3
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(speed, "LEAST", 0.0)  # every call once
+    monkeypatch.setattr(timing, "LEAST", 0.0)  # every call once
 
 
 @pytest.fixture
 def at_once(monkeypatch):
     """The command measures tiny inputs, here, in a round."""
-    monkeypatch.setattr(speed, "SHAPES", TINY)
-    monkeypatch.setattr(speed, "QUICK", TINY)
-    monkeypatch.setattr(speed, "apart", speed.here)
+    monkeypatch.setattr(benching, "SHAPES", TINY)
+    monkeypatch.setattr(benching, "QUICK", TINY)
+    monkeypatch.setattr(benching, "apart", timing.here)
 
 
 def timed(ours, theirs, floor=1e-3, compiled=()):
@@ -51,7 +52,7 @@ def invoke(*arguments):
 
 
 def test_a_row_for_every_shape_pass_and_fusion():
-    rows = list(speed.here(PLAN, "default"))
+    rows = list(timing.here(PLAN, "default"))
     assert len(rows) == ROWS
     assert len({(r.family, r.shape, r.step, r.fusion) for r in rows}) == ROWS
     for row in rows:
@@ -64,17 +65,17 @@ def test_a_row_for_every_shape_pass_and_fusion():
 def test_the_count_of_threads_comes_back():
     before = torch.get_num_threads()
     plan = Plan(TINY[-1:], threads=(1, before + 1), rounds=1)
-    rows = list(speed.here(plan, "default"))
+    rows = list(timing.here(plan, "default"))
     assert [row.threads for row in rows] == [1] * 3 + [before + 1] * 3
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("dtype", speed.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: f"{o.step}, {o.fusion}")
 @pytest.mark.parametrize("shape", TINY[:3], ids=lambda s: s.name)
 def test_both_compute_the_same(shape, operation, dtype):
     dtype = getattr(torch, dtype)
-    calls = speed.contenders(shape, operation, dtype)
+    calls = contenders.contenders(shape, operation, dtype)
     theirs, ours = calls["torch"](), calls["ours"]()
     if not operation.differentiated:
         theirs, ours = (theirs,), (ours,)
@@ -90,7 +91,7 @@ def test_both_compute_the_same(shape, operation, dtype):
 
 def test_the_floor_moves_as_many_bytes_as_the_pass_must():
     def tensors(step, fusion):
-        made = speed.contenders(TINY[0], Operation(step, fusion), torch.float32)["floor"]()
+        made = contenders.contenders(TINY[0], Operation(step, fusion), torch.float32)["floor"]()
         return len(made) if isinstance(made, tuple) else 1
 
     assert tensors("forward", "plain") == 1
@@ -100,13 +101,11 @@ def test_the_floor_moves_as_many_bytes_as_the_pass_must():
 
 def test_compiled_is_timed_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda way, **_: way)  # compiling takes long
-    rows = list(speed.here(Plan(TINY[:1], rounds=1, compiled=True), "default"))
+    rows = list(timing.here(Plan(TINY[:1], rounds=1, compiled=True), "default"))
     assert {row.step for row in rows if "compiled" in row.times} == {
         "forward", "both", "evaluation",
     }  # fmt: skip
-    assert "torch.compile ÷ ours" in speeds.legend(
-        speed.Report(Plan(compiled=True), ("default",), {})
-    )
+    assert "torch.compile ÷ ours" in speeds.legend(Report(Plan(compiled=True), ("default",), {}))
 
 
 def test_a_compiler_that_fails_is_said(monkeypatch):
@@ -118,7 +117,7 @@ def test_a_compiler_that_fails_is_said(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(BatchNormError, match=r"no C\+\+ compiler. Leave out --compile"):
-        next(speed.here(Plan(TINY, rounds=1, compiled=True), "default"))
+        next(timing.here(Plan(TINY, rounds=1, compiled=True), "default"))
 
 
 def test_ratios_are_taken_round_by_round():
@@ -132,9 +131,9 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_the_sign_test():
-    assert speed.chance([0.9] * 5) == 1 / 32
-    assert speed.chance([0.9] * 4 + [1.1]) == 6 / 32
-    assert speed.chance([1.1] * 5) == 1.0
+    assert chance([0.9] * 5) == 1 / 32
+    assert chance([0.9] * 4 + [1.1]) == 6 / 32
+    assert chance([1.1] * 5) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -160,8 +159,8 @@ def test_what_looks_slower_is_measured_again(monkeypatch):
         ours = 2.0 if count == 5 else 1.0
         return {"torch": [1.0] * count, "ours": [ours] * count, "floor": [1.0] * count}
 
-    monkeypatch.setattr(speed, "measure", measure)
-    row = next(speed.here(Plan(TINY, rounds=5), "default"))
+    monkeypatch.setattr(timing, "measure", measure)
+    row = next(timing.here(Plan(TINY, rounds=5), "default"))
     assert rounds == [5, 15]
     assert not row.slower
     assert len(row.times["ours"]) == 15
@@ -170,7 +169,7 @@ def test_what_looks_slower_is_measured_again(monkeypatch):
 def test_every_round_begins_with_another():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    found = speed.measure(calls, 3)
+    found = timing.measure(calls, 3)
     assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3, "c": 3}
     assert order[:6] == list("aabbcc")  # made, then timed for the count of repeats, which is 1 here
     assert order[6:] == list("abcbcacab")
@@ -186,7 +185,7 @@ def test_each_setting_has_a_process_with_its_variables(monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # a setting of the caller's is not "reused"
-    rows = list(speed.apart(Plan(TINY[-1:], rounds=1), "reused"))
+    rows = list(settings.apart(Plan(TINY[-1:], rounds=1), "reused"))
     assert [row.setting for row in rows] == ["reused"] * 3
     (environment,) = started
     assert environment["MALLOC_MMAP_MAX_"] == "0"
@@ -205,14 +204,14 @@ def test_nobody_wants_the_rest(monkeypatch):
     # large inputs: it would be busy for minutes
     monkeypatch.setattr(json, "loads", lambda _: {"error": "enough"})  # at the first row
     with pytest.raises(BatchNormError, match="enough"):
-        next(speed.apart(Plan((*TINY, *speed.SHAPES), rounds=1), "default"))
+        next(settings.apart(Plan((*TINY, *SHAPES), rounds=1), "default"))
     assert started[0].returncode == -signal.SIGTERM
 
 
 def test_a_process_that_dies_is_said(monkeypatch, tmp_path):
-    monkeypatch.setitem(speed.SETTINGS, "default", {"PYTHONHOME": str(tmp_path)})
+    monkeypatch.setitem(settings.SETTINGS, "default", {"PYTHONHOME": str(tmp_path)})
     with pytest.raises(BatchNormError, match="with default memory ended with 1"):
-        list(speed.apart(PLAN, "default"))
+        list(settings.apart(PLAN, "default"))
 
 
 @pytest.mark.usefixtures("at_once")
@@ -231,13 +230,13 @@ def test_the_command_prints_where_then_the_tables_then_the_verdict():
 
 @pytest.mark.usefixtures("at_once")
 def test_something_slower_is_named_and_ends_with_1(monkeypatch):
-    right = speed.measure
+    right = timing.measure
 
     def slow(calls, rounds):
         found = right(calls, 1)
         return {name: [2.0 if name == "ours" else 1.0] * rounds for name in found}
 
-    monkeypatch.setattr(speed, "measure", slow)
+    monkeypatch.setattr(timing, "measure", slow)
     result = invoke("--quick", "--settings", "default", "--threads", "1")
     assert result.exit_code == 1
     assert f"slower than torch eager in {ROWS} of {ROWS}" in result.stdout
@@ -246,14 +245,14 @@ def test_something_slower_is_named_and_ends_with_1(monkeypatch):
 
 
 def test_nowhere_slower():
-    report = speed.Report(Plan(), ("default",), {}, [timed([1.0] * 9, [2.0] * 9)])
+    report = Report(Plan(), ("default",), {}, [timed([1.0] * 9, [2.0] * 9)])
     assert report.status == 0
     assert speeds.verdict(report) == ["nowhere slower than torch eager: 1 measured"]
 
 
 @pytest.mark.usefixtures("at_once")
 def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path):
-    right = speed.here
+    right = timing.here
 
     def interrupted(plan, setting):
         rows = right(plan, setting)
@@ -261,7 +260,7 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path):
         yield next(rows)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(speed, "apart", interrupted)
+    monkeypatch.setattr(benching, "apart", interrupted)
     path = tmp_path / "rows.json"
     page = tmp_path / "page.md"
     page.write_text("<!-- bench float32 -->\nold\n<!-- /bench float32 -->\n")
@@ -276,13 +275,13 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("at_once")
 def test_what_was_measured_before_a_failure_is_shown(monkeypatch):
-    right = speed.here
+    right = timing.here
 
     def failing(plan, setting):
         yield next(right(plan, setting))
         raise BatchNormError("short of memory.")
 
-    monkeypatch.setattr(speed, "apart", failing)
+    monkeypatch.setattr(benching, "apart", failing)
     result = invoke("--quick", "--rounds", 1)
     assert result.exit_code == 2
     assert "8×4" in result.stdout
@@ -291,7 +290,7 @@ def test_what_was_measured_before_a_failure_is_shown(monkeypatch):
 
 @pytest.mark.usefixtures("at_once")
 def test_files(monkeypatch, tmp_path):
-    monkeypatch.setattr(speed, "available", lambda: ("default",))
+    monkeypatch.setattr(benching, "available", lambda: ("default",))
     page = tmp_path / "page.md"
     page.write_text("# Speed\n<!-- bench bfloat16 -->\n<!-- /bench bfloat16 -->\nafter\n")
     result = invoke(
@@ -320,7 +319,7 @@ def test_files(monkeypatch, tmp_path):
 
 def test_the_picture_is_the_same_for_the_same_rows(tmp_path):
     rows = [timed([1.0], [2.0])]
-    report = speed.Report(Plan(), ("default",), {}, rows)
+    report = Report(Plan(), ("default",), {}, rows)
     for name in ("a.svg", "b.svg"):
         speeds.save(report, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
@@ -347,7 +346,7 @@ def test_the_picture_is_the_same_for_the_same_rows(tmp_path):
 )
 @pytest.mark.usefixtures("at_once")
 def test_bad_options_get_a_sentence(arguments, sentence, monkeypatch):
-    monkeypatch.setattr(speed, "apart", lambda *_: pytest.fail("it began to measure"))
+    monkeypatch.setattr(benching, "apart", lambda *_: pytest.fail("it began to measure"))
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert sentence in result.stderr
@@ -355,10 +354,10 @@ def test_bad_options_get_a_sentence(arguments, sentence, monkeypatch):
 
 
 def test_without_glibc_only_the_default(monkeypatch):
-    monkeypatch.setattr(speed.platform, "libc_ver", lambda: ("", ""))
-    assert speed.available() == ("default",)
+    monkeypatch.setattr(settings.platform, "libc_ver", lambda: ("", ""))
+    assert settings.available() == ("default",)
     with pytest.raises(BatchNormError, match="'reused' needs glibc"):
-        speed.bench(settings=("reused",))
+        benching.bench(settings=("reused",))
 
 
 def test_a_page_keeps_what_is_not_the_table(tmp_path):

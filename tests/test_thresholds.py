@@ -7,10 +7,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 import batchnorm
+import rules as cases
 from batchnorm.checks.findings import Level
 from batchnorm.checks.probing import standardized_gap
 from batchnorm.model.recalibration import Moments
-from test_checks import cases
 
 
 def levels(model, loader=None, *, select):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import batchnorm
-from test_checks import cases
+import rules as cases
 
 
 def data(count=4, size=32):

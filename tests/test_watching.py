@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import batchnorm
+import rules as cases
 from batchnorm import BatchNormError
 from batchnorm.model.tracing import trace
-from test_checks import cases
 from test_trainings import sgd, step
 
 

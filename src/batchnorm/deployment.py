@@ -34,8 +34,8 @@ class Folded:
     agreement: Agreement | None = None
 
 
-def build(spec: str, checkpoint: Path | None) -> tuple[nn.Module, Checkpoint | None]:
-    """The model of `package.module:function`, with the weights of the file."""
+def made_by(spec: str) -> Any:
+    """What `package.module:function` gives when it is called, or is, if it is a model."""
     made: Any = resolve(spec, "model")
     if not isinstance(made, nn.Module):
         try:
@@ -44,6 +44,12 @@ def build(spec: str, checkpoint: Path | None) -> tuple[nn.Module, Checkpoint | N
             raise BatchNormError(
                 f"the model {spec} raised {brief(error)} when it was called without arguments."
             ) from error
+    return made
+
+
+def build(spec: str, checkpoint: Path | None) -> tuple[nn.Module, Checkpoint | None]:
+    """The model of `package.module:function`, with the weights of the file."""
+    made = made_by(spec)
     if not isinstance(made, nn.Module):
         raise BatchNormError(
             f"the model {spec} gave a {type(made).__name__} and should give a torch.nn.Module."

@@ -15,7 +15,7 @@ from batchnorm import deployment
 from batchnorm.checks import checking, scripts, watching
 from batchnorm.checks.findings import Findings, Level
 from batchnorm.checks.rules import Rule, all_rules, unknown
-from batchnorm.errors import BatchNormError, brief
+from batchnorm.errors import BatchNormError
 from batchnorm.lab.plugins import resolve
 from batchnorm.model import weights
 from batchnorm.model.weights import Checkpoint
@@ -80,14 +80,7 @@ def check(
 
 def _given(spec: str) -> tuple[nn.Module, Iterable[Any] | None, Any]:
     """A model, or (model, loader), or (model, loader, optimizer)."""
-    made: Any = resolve(spec, "model")
-    if not isinstance(made, nn.Module):
-        try:
-            made = made()
-        except Exception as error:
-            raise BatchNormError(
-                f"the model {spec} raised {brief(error)} when it was called without arguments."
-            ) from error
+    made = deployment.made_by(spec)
     given = made if isinstance(made, tuple) else (made,)
     model, loader, optimizer = (*given, None, None, None)[:3]
     if not isinstance(model, nn.Module) or len(given) > 3:

@@ -20,6 +20,8 @@ from batchnorm.functional import batch_norm, check_pool
 from batchnorm.kernels.activations import ACTIVATIONS
 from batchnorm.kernels.pools import POOLS
 
+STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
 
 class Forward(_BatchNorm):
     """torch.nn's parameters, buffers and state dict; our forward pass."""
@@ -32,7 +34,8 @@ class Forward(_BatchNorm):
         mask: True where a value counts; axis: where the channels stand. See `batchnorm.batch_norm`.
         """
         if isinstance(input, fx.Proxy):
-            return self._as_leaf(input, mask, axis)
+            leaf: Tensor = as_leaf(self, input, mask, axis)
+            return leaf
         return self.normalize(input, None, None, mask, axis)
 
     def normalize(
@@ -147,19 +150,20 @@ class Forward(_BatchNorm):
             f"{tuple(input.shape)}). Use the layer of that rank, or batchnorm.BatchNorm for any."
         )
 
-    def _as_leaf(self, input: fx.Proxy, mask: Any = None, axis: int = 1) -> Any:
-        """Stay one node under symbolic tracing, as torch.nn's layers do."""
-        tracer = input.tracer
-        assert isinstance(tracer, fx.Tracer)  # noqa: S101  # others hand out no Proxy to a module
-        options = ({} if mask is None else {"mask": mask}) | ({} if axis == 1 else {"axis": axis})
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), options)
-
     def __prepare_scriptable__(self) -> NoReturn:
         raise BatchNormError(
             f"{type(self).__name__} cannot be compiled by TorchScript, which torch has deprecated. "
             "Use torch.export or torch.compile, or script the model with torch.nn's layer: it "
             "loads the same state dict."
         )
+
+
+def as_leaf(layer: nn.Module, input: fx.Proxy, mask: Any = None, axis: int = 1) -> Any:
+    """Stay one node under symbolic tracing, as torch.nn's layers do."""
+    tracer = input.tracer
+    assert isinstance(tracer, fx.Tracer)  # noqa: S101  # others hand out no Proxy to a module
+    options = ({} if mask is None else {"mask": mask}) | ({} if axis == 1 else {"axis": axis})
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), options)
 
 
 class BatchNorm1d(Forward, nn.BatchNorm1d):
@@ -359,7 +363,7 @@ class BatchNormAct(nn.Module):
 def _of_a_plain_norm(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """weight -> norm.weight, and so on."""
     assert isinstance(module, BatchNormAct)  # noqa: S101  # it is registered there
-    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+    for name in STATE:
         if prefix + name in state_dict:
             state_dict[f"{prefix}norm.{name}"] = state_dict.pop(prefix + name)
 

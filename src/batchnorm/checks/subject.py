@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.checks.dependence import Origin
 from batchnorm.model.discovery import batch_norms, constant_norms, uncompiled
@@ -144,11 +143,6 @@ class Subject:
         if self.probe is None:
             return []
         return [seen for batch in self.probe.calls.get(layer, []) for seen in batch]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """One of torch's batch-norm layers or a subclass."""
-    return isinstance(module, _BatchNorm)
 
 
 def loading_of(loader: Any) -> Loading | None:

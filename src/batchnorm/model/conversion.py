@@ -345,7 +345,8 @@ class _Timms(Mixin, layers.Forward):
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # timm's takes no mask
         """act(drop(norm(input)))."""
         if isinstance(input, fx.Proxy):
-            return self._as_leaf(input)
+            leaf: Tensor = layers.as_leaf(self, input)
+            return leaf
         act: Any = self.act
         name = fusion.activation_name(act)
         if name is not None and type(self.drop) is nn.Identity and not layers.hooked(act):

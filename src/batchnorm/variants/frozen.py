@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from batchnorm.functional import batch_norm
-from batchnorm.variants.variant import as_leaf, check_rank
+from batchnorm.layers import as_leaf
+from batchnorm.variants.variant import check_rank
 
 
 class FrozenBatchNorm(nn.Module):

@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from batchnorm.errors import BatchNormError
-from batchnorm.layers import BatchNorm
-from batchnorm.variants.variant import STATE, as_leaf, check_rank, ranks_of, take
+from batchnorm.layers import STATE, BatchNorm, as_leaf
+from batchnorm.variants.variant import check_rank, ranks_of, take
 
 
 class SplitBatchNorm(nn.Module):

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from batchnorm import masks
 from batchnorm.errors import BatchNormError, no_tensor
 from batchnorm.functional import batch_norm
+from batchnorm.layers import STATE, as_leaf
 
 
 class Variant(_NormBase):
@@ -152,7 +153,6 @@ class Variant(_NormBase):
         )
 
 
-STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 RANKS: dict[type[_BatchNorm], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3),
     nn.BatchNorm2d: (4,),
@@ -206,11 +206,3 @@ def refuse_recomputation(layer: nn.Module) -> None:
             "(memory_efficient=False in torchvision's DenseNet), or let nothing move: "
             "batchnorm.freeze(model)."
         )
-
-
-def as_leaf(layer: nn.Module, input: fx.Proxy, mask: Any = None, axis: int = 1) -> Any:
-    """Stay one node under symbolic tracing, as torch.nn's layers do."""
-    tracer = input.tracer
-    assert isinstance(tracer, fx.Tracer)  # noqa: S101  # others hand out no Proxy to a module
-    options = ({} if mask is None else {"mask": mask}) | ({} if axis == 1 else {"axis": axis})
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), options)

@@ -16,7 +16,8 @@ from rich import box
 from rich.table import Table
 
 from batchnorm.errors import BatchNormError
-from batchnorm.speed import FUSIONS, OVERHEAD, PASSES, Report, Row
+from batchnorm.speed.cases import FUSIONS, OVERHEAD, PASSES
+from batchnorm.speed.rows import Report, Row
 from batchnorm.views import markdown
 
 INK = "#7a7a7a"  # as readable on white as on black: the picture has no background of its own
