@@ -2,42 +2,34 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+import pages
+import verdicts
 from batchnorm.errors import BatchNormError
 from batchnorm.lab import studies
-from test_benchmarks import ROOT, load
 
-DOCS = ROOT / "docs"
+DOCS = Path(__file__).parent.parent / "docs"
 NOTES = ["note.md", "note.zh-CN.md"]
 PAGES = [*DOCS.glob("howto/*.md"), *DOCS.glob("tutorial*.md")]
 WRITTEN = [*PAGES, *(DOCS / name for name in NOTES)]
 
 
-@pytest.fixture
-def pages(monkeypatch):
-    return load("pages", monkeypatch)
-
-
-@pytest.fixture
-def verdicts(monkeypatch):
-    return load("verdicts", monkeypatch)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
-def test_the_code_prints_what_the_page_shows(page, pages):
+def test_the_code_prints_what_the_page_shows(page):
     assert pages.BLOCK.search(page.read_text(encoding="utf-8"))
     assert pages.remade(page) == page.read_text(encoding="utf-8")
 
 
-def test_an_output_that_is_not_printed_is_seen(tmp_path, pages):
+def test_an_output_that_is_not_printed_is_seen(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```python\nx = 1\n```\n\n```python\nprint(x + 1)\n```\n\n```text\n3\n```\n")
     assert pages.remade(page).endswith("```text\n2\n```\n")
 
 
-def test_files_and_commands_of_a_page_are_run(tmp_path, pages):
+def test_files_and_commands_of_a_page_are_run(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```python a.py\nprint(6 * 7)\n```\n\n```console\n$ python a.py\n```\n")
     assert pages.remade(page).endswith("```console\n$ python a.py\n42\n```\n")
@@ -101,7 +93,7 @@ FOUND = {
         ),
     ],
 )
-def test_a_verdict_is_put_into_its_place(language, rows, tmp_path, verdicts):
+def test_a_verdict_is_put_into_its_place(language, rows, tmp_path):
     page, other = tmp_path / "note.md", "<!-- verdict axes -->\nold\n<!-- /verdict axes -->\nend\n"
     page.write_text(f"a\n<!-- verdict linear -->\nold\n<!-- /verdict linear -->\nb\n{other}")
     assert verdicts.fill(page, FOUND, language) == ["linear"]
@@ -113,7 +105,7 @@ def test_a_verdict_is_put_into_its_place(language, rows, tmp_path, verdicts):
     assert page.read_text(encoding="utf-8") == text
 
 
-def test_what_has_no_place_is_refused(tmp_path, verdicts):
+def test_what_has_no_place_is_refused(tmp_path):
     page = tmp_path / "note.md"
     page.write_text("nothing")
     with pytest.raises(BatchNormError, match="verdict linear"):
