@@ -1,0 +1,116 @@
+"""The docs: their code runs and prints what they show; verdicts find their places in the note."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import pages
+import verdicts
+from batchnorm.errors import BatchNormError
+from batchnorm.lab import studies
+
+DOCS = Path(__file__).parent.parent / "docs"
+NOTES = ["note.md", "note.zh-CN.md"]
+PAGES = [*DOCS.glob("howto/*.md"), *DOCS.glob("tutorial*.md")]
+WRITTEN = [*PAGES, *(DOCS / name for name in NOTES)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_the_code_prints_what_the_page_shows(page):
+    assert pages.BLOCK.search(page.read_text(encoding="utf-8"))
+    assert pages.remade(page) == page.read_text(encoding="utf-8")
+
+
+def test_an_output_that_is_not_printed_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 1\n```\n\n```python\nprint(x + 1)\n```\n\n```text\n3\n```\n")
+    assert pages.remade(page).endswith("```text\n2\n```\n")
+
+
+def test_files_and_commands_of_a_page_are_run(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python a.py\nprint(6 * 7)\n```\n\n```console\n$ python a.py\n```\n")
+    assert pages.remade(page).endswith("```console\n$ python a.py\n42\n```\n")
+    page.write_text("```console\n$ python missing.py\n```\n")
+    with pytest.raises(RuntimeError, match=r"missing\.py ended with 2"):
+        pages.remade(page)
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(DOCS)))
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", prose):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_the_note_has_a_place_for_every_study(name):
+    places = re.findall(r"<!-- verdict (\S+) -->", (DOCS / name).read_text(encoding="utf-8"))
+    assert sorted(places) == sorted(studies.NAMES)
+
+
+FOUND = {
+    "linear": {
+        "claim": {"en": "It is linear.", "zh": "它是线性的。"},
+        "size": "quick",
+        "questions": [
+            {
+                "name": "evaluation", "claim": {"en": "In |evaluation|.", "zh": "评估时。"},
+                "verdict": "supported", "effect": 0.25, "interval": [0.125, 0.5],
+                "p": 0.01, "p_adjusted": 0.02, "seeds": 8, "exploratory": False,
+            },
+            {
+                "name": "training", "claim": {"en": "In training.", "zh": "训练时。"},
+                "verdict": "inconclusive", "effect": None, "interval": None,
+                "p": None, "p_adjusted": None, "seeds": 8, "exploratory": True,
+            },
+        ],
+    }
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("language", "rows"),
+    [
+        (
+            "en",
+            (
+                "| In \\|evaluation\\|. | supported | 0.25 | 0.125 … 0.5 | 0.02 |\n"
+                "| In training. | inconclusive (exploratory) | – | – | – |\n\n"
+                "`batchnorm study linear --quick`, seeds: 8\n"
+            ),
+        ),
+        (
+            "zh",
+            (
+                "| 评估时。 | 成立 | 0.25 | 0.125 … 0.5 | 0.02 |\n"
+                "| 训练时。 | 无定论（探索性） | – | – | – |\n\n"
+                "`batchnorm study linear --quick`，种子数：8\n"
+            ),
+        ),
+    ],
+)
+def test_a_verdict_is_put_into_its_place(language, rows, tmp_path):
+    page, other = tmp_path / "note.md", "<!-- verdict axes -->\nold\n<!-- /verdict axes -->\nend\n"
+    page.write_text(f"a\n<!-- verdict linear -->\nold\n<!-- /verdict linear -->\nb\n{other}")
+    assert verdicts.fill(page, FOUND, language) == ["linear"]
+    text = page.read_text(encoding="utf-8")
+    assert rows in text
+    assert text.count("old") == 1
+    assert text.endswith(f"b\n{other}")
+    verdicts.fill(page, FOUND, language)
+    assert page.read_text(encoding="utf-8") == text
+
+
+def test_what_has_no_place_is_refused(tmp_path):
+    page = tmp_path / "note.md"
+    page.write_text("nothing")
+    with pytest.raises(BatchNormError, match="verdict linear"):
+        verdicts.fill(page, FOUND, "en")
+    with pytest.raises(BatchNormError, match=r"no verdicts\.json"):
+        verdicts.read(tmp_path)
+    (tmp_path / "verdicts.json").write_text(json.dumps(FOUND))
+    assert verdicts.read(tmp_path) == FOUND
