@@ -105,9 +105,6 @@ def on_source(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = re.sub(
         r"(?<=\]\()[\w./-]+(?=\))", lambda link: _first_page(here, link[0]), source[0]
     )
-    if docname == root_doc:  # a pattern that fits no page yet would be a warning
-        kept = [line for line in source[0].splitlines() if not _empty_glob(app, line)]
-        source[0] = "\n".join(kept)
     if docname == COMMANDS:
         command = typer.main.get_command(cli.app)
         text = get_docs_for_click(
@@ -128,13 +125,6 @@ def _first_page(here: Path, link: str) -> str:
 def _as_code(found: re.Match[str]) -> str:
     """An option that a sentence names is code, too."""
     return f"`{found[2]}`" if found[2] else found[0]
-
-
-def _empty_glob(app: Sphinx, line: str) -> bool:
-    if not re.fullmatch(r"\S*[\[*]\S*", line):
-        return False
-    pattern = line.removeprefix("/") if line.startswith("/") else f"docs/{line}"
-    return not list(app.srcdir.glob(f"{pattern}.md")) + list(app.srcdir.glob(f"{pattern}.ipynb"))
 
 
 def link_public_names(app: Sphinx, doctree: nodes.document, docname: str) -> None:
