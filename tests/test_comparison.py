@@ -116,6 +116,15 @@ def kill_when(process, folder, lines, signal_number):
     process.send_signal(signal_number)
 
 
+@pytest.fixture
+def interruptible():
+    """In the background a shell makes its children, and theirs, ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("number", "lines", "status"),
     [(signal.SIGKILL, 4, -signal.SIGKILL), (signal.SIGKILL, 9, -signal.SIGKILL), (signal.SIGINT, 5, 130)],
