@@ -41,6 +41,7 @@ SHAPES = (
     Shape("NCHW, large", (32, 64, 112, 112)),
     Shape("NCHW, large", (32, 256, 56, 56)),
     Shape("NCHW, few samples", (2, 256, 64, 64)),
+    Shape("NCHW, 14×14", (32, 512, 14, 14)),
     Shape("NCHW, 7×7", (32, 2048, 7, 7)),
     Shape("channels_last beyond L3", (32, 256, 56, 56), channels_last=True),
     Shape("channels_last, 2-D, in L3", (32, 2048, 7, 7), channels_last=True),
@@ -51,6 +52,7 @@ SHAPES = (
     Shape("features", (256, 120)),
     Shape(OVERHEAD, (8, 4)),
     Shape(OVERHEAD, (4, 8, 2, 2)),
+    Shape(OVERHEAD, (8, 16, 8, 8)),
 )
 QUICK = tuple(shape for shape in SHAPES if math.prod(shape.sizes) <= 2_500_000)
 

@@ -140,7 +140,8 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Forward {
     over_samples(job, 0, job.channels, cut.threads, [&](const Part& part, int) {
       for (std::int64_t n = part.begin; n < part.end; ++n)
         for (std::int64_t c = 0; c < job.channels; ++c)
-          P::normalize_run(job, (n * job.channels + c) * job.plane, job.plane, affine[c]);
+          P::template normalize_run<true>(job, (n * job.channels + c) * job.plane, job.plane,
+                                          affine[c]);
     });
   }
 

@@ -149,6 +149,8 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Planes : Run<T, 
         normalize_run(job, (n * job.channels + c) * job.plane, job.plane, affine[c - part.first]);
   }
 
+  // IN_ORDER: the next run lies behind this one, and no cache holds it yet.
+  template <bool IN_ORDER = false>
   static void normalize_run(const Job& job, std::int64_t start, std::int64_t length,
                             const Affine<A>& affine) {
     const T* x = static_cast<const T*>(job.x);
@@ -156,6 +158,8 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Planes : Run<T, 
             shift = splat<A>(affine.shift);
     write_run(static_cast<T*>(job.y), start, length, job.past_caches, true,
               [&](std::int64_t i, int lanes) {
+                if constexpr (IN_ORDER)
+                  __builtin_prefetch(x + i + AHEAD / static_cast<std::int64_t>(sizeof(T)));
                 V r{};
                 if constexpr (RESIDUAL) r = take(static_cast<const T*>(job.extra) + i, lanes);
                 return Base::forward(take(x + i, lanes), high, scale, shift, r);

@@ -210,8 +210,7 @@ inline void finish_stores() {
 
 // value(i, lanes) to `to + i`, for `length` elements from `start`, in vectors; lanes < L at the ends. Where
 // a value may be computed `twice`, since no input is written over, whole vectors overlap there, and those
-// between them lie in one cache line each: masked stores, and such as cross a line, take several times
-// as long.
+// between them lie in one cache line each: sooner than masked stores and such as cross a line.
 template <class T, class Value>
 inline void write_run(T* to, std::int64_t start, std::int64_t length, bool past_caches, bool twice,
                       const Value& value) {
