@@ -98,6 +98,9 @@ inline Tile tile_of_planes(const Job& job, const Part& part) {
 template <class T, Activation ACTIVATION, bool RESIDUAL> struct Forward {
   using P = Planes<T, ACTIVATION, RESIDUAL>;
   using A = typename P::A;
+  static constexpr bool EXPONENTIAL =
+      ACTIVATION == Activation::sigmoid || ACTIVATION == Activation::tanh ||
+      ACTIVATION == Activation::silu || ACTIVATION == Activation::gelu;
 
   static void shared(const Job& job, const Cut& cut, bool write) {
     for (std::int64_t c = 0; c < job.channels; ++c) {
@@ -148,7 +151,9 @@ template <class T, Activation ACTIVATION, bool RESIDUAL> struct Forward {
   static void planes(const Job& job, bool sum, bool write) {
     const Cut cut = cut_of(job, sizeof(T), 1);
     if (cut.shared && sum) return shared(job, cut, write);
-    if (!sum && job.plane >= 2 * LANES<A> && job.batch >= cut.threads) return in_order(job, cut);
+    // vectors that overlap at a plane's ends compute some values twice, which an exponential makes dear
+    const bool columns = cut.tiled && (EXPONENTIAL || job.plane < 2 * LANES<A>);
+    if (!sum && !columns && job.batch >= cut.threads) return in_order(job, cut);
     const auto group = [&](const Part& part) {
       if (cut.tiled) return tiled(job, part, sum, write);
       if (sum) {
