@@ -43,8 +43,12 @@ HEAD = """\
 # Others' models
 
 What `recalibrate`, `freeze`, `fold`, an export and `convert` do to {models} models with {norms:,}
-batch-norm layers, {folded:,} of them folded; made by `python benchmarks/models.py` with torch {torch},
+batch-norm layers: **{passed} of {models} pass**. {folded:,} layers are folded; {exported} folded models are
+exported by `torch.export`, {onnx} run in ONNX Runtime. Made by `python benchmarks/models.py` with torch {torch},
 torchvision {torchvision} and timm {timm}.
+
+A model passes where every number in its row is rounding, below 1e-3 in float32 and below 1e-12 in float64,
+and every norm became this library's layer and came back.
 
 Weights are random (no hub is asked), weight and bias of the norms drawn from [0.5, 1.5], the running
 statistics those of the data, by `recalibrate`; two samples in a batch. Each number is the largest
@@ -57,7 +61,7 @@ difference of the outputs ÷ the largest output; 0 means the same bits.
 - **folded**: layers, with a note on those that stay; **in float64**: the folded model against the
   model, both in float64;
 - **torch.export**, **ONNX Runtime**: the folded model's export against the model, in float32; "–" where
-  torch cannot export the model, folded or not (control flow by values, lists of images);
+  the model cannot be exported, folded or not (control flow by values, lists of images);
 - **converted**: layers turned into this library's, and the difference; turned back, the outputs have
   the same bits and the modules the same classes, where nothing else is said;
 - **fused**: norms that also do the activation or sum behind them, and the differences in `eval()` and
@@ -414,6 +418,26 @@ def shape_of(inputs: tuple[Any, ...]) -> str:
     return f"{len(first)} images"
 
 
+def passes(line: Line) -> bool:
+    """Every difference is rounding, and all norms were converted there and back."""
+    count, *there = line.converted.split(", ")
+    means = line.recalibrated.split(", ")[1:]
+    found = [*means, line.frozen, line.exported, line.onnx, *there, *line.fused.split(", ")[1:]]
+    return (
+        int(count) == line.norms
+        and all(_number(each) < 1e-3 for each in found if each != "–")
+        and _number(line.difference) < 1e-12
+    )
+
+
+def _number(text: str) -> float:
+    """A difference; what says something else, such as "other shapes", is none that passes."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("inf")
+
+
 def read_record() -> list[Line]:
     """What was found before."""
     if not RECORD.exists():
@@ -460,7 +484,10 @@ def page(lines: list[Line]) -> str:
             timm=timm.__version__,
             models=len(lines),
             norms=sum(line.norms for line in lines),
+            passed=sum(passes(line) for line in lines),
             folded=sum(int(line.folded) for line in lines),
+            exported=sum(line.exported != "–" for line in lines),
+            onnx=sum(line.onnx != "–" for line in lines),
         )
     ]
     for group in dict.fromkeys(line.group for line in lines):

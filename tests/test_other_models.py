@@ -1,5 +1,6 @@
 """Others' models, a few of those in docs/models.md, through everything that the table shows."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -60,3 +61,45 @@ def test_the_page_has_every_model():
             assert not any(
                 isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
             ), name
+
+
+def lines_of(page):
+    """What the page's tables hold."""
+    for section in page.split("\n## ")[1:]:
+        group = section.partition("\n")[0].lower()
+        notes = dict(re.findall(r"^(\d+)\. (.*)$", section, re.MULTILINE))
+        for row in re.findall(r"^\| (?!model )(.*) \|$", section, re.MULTILINE):
+            cells = row.split(" | ")
+            cells[5], _, note = cells[5].rstrip(")").partition(" (")
+            yield models.Line(
+                group, *cells[:2], int(cells[2]), *cells[3:6], notes.get(note, ""), *cells[6:]
+            )
+
+
+def test_the_page_says_of_its_rows_what_they_are():
+    """How many pass, layers, exports: as the command would write it of the same rows."""
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    lines = list(lines_of(page))
+    assert len(lines) > 100
+    assert models.page(lines) == page
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("recalibrated", "5, 2e-03"),
+        ("frozen", "statistics moved"),
+        ("difference", "2e-12"),
+        ("onnx", "2e-03"),
+        ("converted", "4, 0"),
+        ("converted", "5, 0; back: 0, same: False"),
+        ("fused", "3, 0, other shapes"),
+    ],
+)
+def test_what_does_not_pass(field, value):
+    line = models.Line(
+        "timm", "some", "2×3×8×8", 5, "5, 9e-04", "0", "5", "", "9e-13", "–", "9e-04", "5, 0",
+        "3, 0, –",
+    )  # fmt: skip
+    assert models.passes(line)
+    assert not models.passes(dataclasses.replace(line, **{field: value}))

@@ -1,4 +1,4 @@
-"""Both READMEs: their code runs, their commands parse, their links lead somewhere."""
+"""Both READMEs: their code runs, their commands parse, their links lead somewhere, their figures are the docs'."""
 
 import ast
 import re
@@ -30,10 +30,18 @@ def blocks(name, kind):
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_the_code_runs(name):
+def test_the_rescue_runs(name):
     (code,) = blocks(name, "python")
-    names = {}
-    exec(compile(code, name, "exec"), names)  # noqa: S102  # our own README
+    model, images = torch.nn.Sequential(torch.nn.BatchNorm2d(1)), tiny.as_images().test_images
+    exec(compile(code, name, "exec"), {"model": model, "loader": images.split(32)})  # noqa: S102  # our own README
+    torch.testing.assert_close(model[0].running_mean, images.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_layer_runs(name):
+    (code,) = blocks(name, "python layer")
+    names = {"batchnorm": batchnorm, "torch": torch}
+    exec(compile(code, name, "exec"), names)  # noqa: S102
     assert isinstance(names["layer"], torch.nn.BatchNorm2d)
     assert names["y"].shape == (8, 64, 7, 7)
     assert names["z"].shape == (8, 5, 3)
@@ -139,6 +147,55 @@ def test_links_and_pictures_are_there(name):
     for link in re.findall(r"\]\(([^)#]+)\)", text(name)):
         if not link.startswith("http"):
             assert ((ROOT / name).parent / link).exists(), link
+
+
+def bold(name, page):
+    """The numbers in bold in the row of the README that leads to this page."""
+    (row,) = [
+        line for line in text(name).splitlines() if line.startswith("|") and f"({page})" in line
+    ]
+    return sorted(
+        float(n) for n in re.findall(r"[\d.]+", " ".join(re.findall(r"\*\*.*?\*\*", row)))
+    )
+
+
+def column(page, place):
+    """Of a page's tables, without their heads."""
+    rows = [line.strip("|\n ").split(" | ") for line in text(page).splitlines() if line[:2] == "| "]
+    return [row[place] for row in rows[1:]]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_models_and_false_alarms_are_counted_in_the_docs(name):
+    kinds = column("docs/models.md", 0)
+    models = len(kinds) - kinds.count("model")
+    assert bold(name, "docs/models.md") == [models, models]
+    found = column("docs/false-alarms.md", 3)
+    assert bold(name, "docs/false-alarms.md") == [len(found) - found.count("nothing"), len(found)]
+
+
+def speeds():
+    """torch ÷ ours by class: forward and backward with ReLU, float32, memory reused, two threads."""
+    page = text("docs/performance.md")
+    table = re.search(
+        r"<!-- bench float32 -->.*?\*\*reused memory, 2 threads\*\*\n\n(.*?)\n\n", page, re.DOTALL
+    )[1]
+    family, found = "", {}
+    for row in table.splitlines()[2:]:
+        first, _, fusion, _, _, both, _ = (cell.strip() for cell in row.strip("|").split("|"))
+        family = first or family
+        if fusion == "ReLU":
+            found.setdefault(family, []).append(float(both.partition(" ")[0]))
+    return found
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_speed_is_that_of_the_docs(name):
+    found = speeds()
+    last = found["channels_last beyond L3"] + found["channels_last, 2-D, in L3"]
+    expected = [f(of) for of in (found["NCHW, large"], last) for f in (min, max)]
+    lenet = {round(ratio, 1) for ratio in found["LeNet convolutions"]}
+    assert bold(name, "docs/performance.md") == sorted([*lenet, *(round(x, 1) for x in expected)])
 
 
 def test_both_languages_give_the_same_numbers():
