@@ -42,7 +42,7 @@ def stale_statistics(subject: Subject) -> Iterator[Evidence]:
     chance does: between the two halves of these batches it does twice as much as between all of
     them and the truth. Layers are ordered by the share of that gap
     which replacing their statistics alone removes; what is told of each is its standardized gap,
-    √mean((μ − μ_running)² ÷ σ²_running + (ln σ ÷ σ_running)²). Behind it stand weights that moved
+    √mean((μ − μ_running)² ÷ σ²_running + ln(σ ÷ σ_running)²). Behind it stand weights that moved
     since, other data than in training, a momentum, or a bug. Where the loader gives labels and the
     running statistics classify at least as well, and better than chance (the commonest class's
     share and twice its standard error), as in a network that was trained with frozen ones, it is a
