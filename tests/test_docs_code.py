@@ -1,5 +1,7 @@
 """The docs: their code runs and prints what they show; verdicts find their places in the note."""
 
+import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -15,12 +17,34 @@ DOCS = Path(__file__).parent.parent / "docs"
 NOTES = ["note.md", "note.zh-CN.md"]
 PAGES = [*DOCS.glob("howto/*.md"), *DOCS.glob("tutorial*.md")]
 WRITTEN = [*PAGES, *(DOCS / name for name in NOTES)]
+VERSIONS = (DOCS / "versions.md").read_text(encoding="utf-8")
+PUBLIC = re.findall(r"`(batchnorm(?:\.\w+){2,})`", VERSIONS)  # in modules of their own
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_code_prints_what_the_page_shows(page):
     assert pages.BLOCK.search(page.read_text(encoding="utf-8"))
     assert pages.remade(page) == page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_a_page_imports_what_stays_from_version_to_version(page):
+    text = page.read_text(encoding="utf-8")
+    trees = [ast.parse(code) for code in re.findall(r"```python.*?\n(.*?)```", text, re.DOTALL)]
+    names = [
+        f"{node.module}.{name.name}"
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("batchnorm")
+        for name in node.names
+    ]
+    assert set(names) <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_in_a_module_of_its_own_is_there(name):
+    module, _, attribute = name.rpartition(".")
+    assert getattr(importlib.import_module(module), attribute).__doc__
 
 
 def test_an_output_that_is_not_printed_is_seen(tmp_path):
