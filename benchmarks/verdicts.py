@@ -1,13 +1,15 @@
-"""The verdicts of the studies, put into the annotated note: docs/note.md, docs/note.zh-CN.md.
+"""The verdicts of the studies, put into the annotated note and README, each in both languages.
 
     batchnorm study all && python benchmarks/verdicts.py runs/studies
 
-A page has a place for each study, `<!-- verdict NAME --> … <!-- /verdict NAME -->`. Studies that
-the folder's `verdicts.json` lacks keep what stands in their place.
+The note has a place for each study, `<!-- verdict NAME --> … <!-- /verdict NAME -->`; what the
+folder's `verdicts.json` lacks keeps what stands in its place. README has one for all of the note's
+claims, `<!-- verdicts -->`.
 """
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,17 @@ from batchnorm.lab import studies
 from batchnorm.views import grids, markdown
 from batchnorm.views.words import Words
 
-DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {DOCS / "note.md": "en", DOCS / "note.zh-CN.md": "zh"}
+ROOT = Path(__file__).parent.parent
+NOTES = {ROOT / "docs" / "note.md": "en", ROOT / "docs" / "note.zh-CN.md": "zh"}
+READMES = {ROOT / "README.md": "en", ROOT / "README.zh-CN.md": "zh"}
 COUNTED = {
     "en": "`batchnorm study {name}{option}`, seeds: {seeds}",
     "zh": "`batchnorm study {name}{option}`，种子数：{seeds}",
+}
+OUTCOMES = ("supported", "contradicted", "inconclusive")
+HEADER = {
+    "en": ("the note's claim", *OUTCOMES, "`batchnorm study`"),
+    "zh": ("笔记的论断", "成立", "不成立", "无定论", "`batchnorm study`"),
 }
 
 
@@ -50,6 +58,17 @@ def fill(page: Path, verdicts: dict[str, Any], language: str) -> list[str]:
     return list(verdicts)
 
 
+def table(verdicts: dict[str, Any], language: str) -> str:
+    """A row a claim of the note: how many of its questions ended how, and the study."""
+    rows = []
+    for name, found in verdicts.items():
+        if studies.find(name).source.startswith("the note"):
+            ends = Counter(question["verdict"] for question in found["questions"])
+            counts = (str(ends[outcome] or "–") for outcome in OUTCOMES)
+            rows.append((found["claim"][language], *counts, f"`{name}`"))
+    return markdown.table(HEADER[language], rows)
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The verdicts of a folder of studies."""
     path = folder / "verdicts.json"
@@ -62,12 +81,14 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Fill both pages."""
+    """Fill the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="of the studies: runs/studies")
     verdicts = read(parser.parse_args().folder)
-    for page, language in PAGES.items():
+    for page, language in NOTES.items():
         print(f"{page.name}: {', '.join(fill(page, verdicts, language))}")
+    for page, language in READMES.items():
+        markdown.refresh(page, "verdicts", table(verdicts, language))
 
 
 if __name__ == "__main__":

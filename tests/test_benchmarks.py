@@ -1,10 +1,13 @@
-"""benchmarks/memory.py, networks.py and stacked.py: what they count and compare; nothing is timed."""
+"""benchmarks/demo.py, memory.py, networks.py and stacked.py: what they count and compare; nothing is timed."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import batchnorm
+import demo
 import memory
 import networks
 import stacked
@@ -108,3 +111,22 @@ def test_seeds_that_are_trained_at_once_have_the_losses_of_each_alone(way):
     # in float64 what is left after four steps is rounding; another seed's order is far away
     torch.testing.assert_close(found.float(), alone, rtol=1e-6, atol=1e-6)
     assert (alone[0] - alone[1]).abs().max() > 1e-3
+
+
+def test_the_demo_runs_with_both_layers_in_turn(monkeypatch, tmp_path, capsys):
+    calls = []
+
+    def run(command, **_options):
+        calls.append(command)
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- demo -->\nold\n<!-- /demo -->\n")
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=run))
+    seconds = iter([0, 8, 10, 16, 20, 25, 30, 40])  # starts and ends: 8, 6; 5, 10
+    monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr("sys.argv", ["demo.py", "--rounds", "2", "--markdown", str(page)])
+    demo.main()
+    arms = [call[call.index("--arms") + 1] for call in calls]
+    assert arms == ["none,batch-torch", "none,batch", "none,batch", "none,batch-torch"]
+    assert "| 10 | 9.0 | 5.5 | 0.62 (0.50 to 0.75) | 0.75 |" in page.read_text()
+    assert "batch: 6.0 s" in capsys.readouterr().out

@@ -129,6 +129,14 @@ def test_a_verdict_is_put_into_its_place(language, rows, tmp_path):
     assert page.read_text(encoding="utf-8") == text
 
 
+def test_the_note_s_claims_are_counted():
+    papers = {"only-norms": FOUND["linear"]}
+    header, _, *rows = verdicts.table(FOUND | papers, "en").splitlines()
+    assert header.startswith("| the note's claim | supported | contradicted | inconclusive |")
+    assert rows == ["| It is linear. | 1 | – | 1 | `linear` |"]
+    assert verdicts.table(FOUND, "zh").splitlines()[2] == "| 它是线性的。 | 1 | – | 1 | `linear` |"
+
+
 def test_what_has_no_place_is_refused(tmp_path):
     page = tmp_path / "note.md"
     page.write_text("nothing")

@@ -1,0 +1,93 @@
+"""The whole demo beside the same demo on torch.nn: `batchnorm compare`, from its start to its last file.
+
+    python benchmarks/demo.py [--rounds 3] [--epochs 10] [--json FILE] [--markdown FILE]
+
+Each run is a process of its own and ends with the page, the pictures and the animations; the arms are
+none and batch, or none and batch-torch. In turn, every round beginning with another; a number is the
+median of the rounds' ratios.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from batchnorm.lab.environment import environment
+from batchnorm.views import markdown
+
+ARMS = ("batch-torch", "batch")
+TARGET = 0.75
+HEADER = ("epochs", "torch.nn s", "ours s", "ours ÷ torch.nn", "target")
+
+
+def seconds(arm: str, epochs: int) -> float:
+    """Wall clock of one run, into a folder that goes afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "batchnorm", "compare", "--arms", f"none,{arm}"]
+        start = time.perf_counter()
+        subprocess.run(  # noqa: S603  # our own command
+            [*command, "--epochs", str(epochs), "--out", folder], check=True, capture_output=True
+        )
+        return time.perf_counter() - start
+
+
+def measure(rounds: int, epochs: int) -> dict[str, list[float]]:
+    """Seconds of both, a number a round."""
+    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    order = list(ARMS)
+    for _ in range(rounds):
+        for arm in order:
+            times[arm].append(seconds(arm, epochs))
+            print(f"{arm}: {times[arm][-1]:.1f} s", flush=True)
+        order.append(order.pop(0))
+    return times
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    parser.add_argument(
+        "--markdown", type=Path, help="put the table into this page, at <!-- demo -->"
+    )
+    options = parser.parse_args()
+    for name in ("rounds", "epochs"):
+        if (value := getattr(options, name)) < 1:
+            parser.error(f"--{name} is {value} and should be a whole number from 1")
+    if options.markdown is not None:
+        markdown.find(options.markdown, "demo")
+    where = environment()
+    line = (
+        f"{where['processor']}, {torch.get_num_threads()} threads, torch {where['torch']}, "
+        f"{where['backend']}; medians of {options.rounds} rounds in turn, in brackets the least and "
+        "the most"
+    )
+    print(line)
+    times = measure(options.rounds, options.epochs)
+    theirs, ours = (times[arm] for arm in ARMS)
+    ratios = [b / a for a, b in zip(theirs, ours, strict=True)]
+    row = (
+        str(options.epochs),
+        *(f"{statistics.median(each):.1f}" for each in (theirs, ours)),
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        f"{TARGET:.2f}",
+    )
+    table = markdown.table(HEADER, [row], words=0)
+    print(table)
+    if options.json is not None:
+        content = {"environment": where, "seconds": times}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if options.markdown is not None:
+        markdown.refresh(options.markdown, "demo", f"{line}.\n\n{table}")
+
+
+if __name__ == "__main__":
+    main()
