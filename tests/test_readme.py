@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm
 import tiny
+from batchnorm.lab import arms
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
@@ -196,6 +197,15 @@ def test_the_speed_is_that_of_the_docs(name):
     expected = [f(of) for of in (found["NCHW, large"], last) for f in (min, max)]
     lenet = {round(ratio, 1) for ratio in found["LeNet convolutions"]}
     assert bold(name, "docs/performance.md") == sorted([*lenet, *(round(x, 1) for x in expected)])
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_laboratory_names_every_arm(name):
+    (section,) = re.findall(r"\n## Arms\n(.*?)\n## ", text("docs/laboratory.md"), re.DOTALL)
+    firsts = [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
+    assert re.findall(r"`([\w-]+)`", " ".join(firsts)) == list(arms.ARMS)
+    assert re.search(r"\[[^]]*17[^]]*\]\(docs/laboratory\.md#arms\)", text(name))
+    assert len(arms.ARMS) == 17
 
 
 def test_both_languages_give_the_same_numbers():
