@@ -4,8 +4,6 @@ import copy
 import json
 import math
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -20,6 +18,7 @@ import batchnorm
 from batchnorm.errors import BatchNormError
 from batchnorm.kernels import native
 from batchnorm.kernels.activations import ACTIVATIONS
+from processes import python
 from tolerance import bound
 
 CASES = int(os.environ.get("BATCHNORM_FUZZ", "400"))  # a long run: BATCHNORM_FUZZ=100000
@@ -447,17 +446,6 @@ def test_several_python_threads_at_once():
     assert not wrong
 
 
-def run(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 FORK = """
 import os, torch, batchnorm
 x = torch.randn(16, 8, 60, 60)
@@ -472,7 +460,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_forked_child_computes_alone():
-    assert run(FORK).stdout.strip() == "0"
+    assert python(FORK).stdout.strip() == "0"
 
 
 ALIKE = """
@@ -491,9 +479,9 @@ print(json.dumps(found))
 
 
 def test_the_instruction_sets_agree():
-    widest = json.loads(run(ALIKE).stdout)
+    widest = json.loads(python(ALIKE).stdout)
     for isa in ("avx2", "baseline"):
-        other = run(ALIKE, BATCHNORM_ISA=isa)
+        other = python(ALIKE, BATCHNORM_ISA=isa)
         if "does not have" in other.stderr:
             continue  # this processor
         found = json.loads(other.stdout)
@@ -602,12 +590,12 @@ def test_halves_are_rounded_to_nearest_even(dtype):
 
 
 def test_without_kernels_torchs_operator_runs():
-    found = run("import batchnorm; print(batchnorm.backend())", BATCHNORM_BACKEND="torch")
+    found = python("import batchnorm; print(batchnorm.backend())", BATCHNORM_BACKEND="torch")
     assert found.stdout.strip() == "torch"
 
 
 def test_an_instruction_set_that_is_not_there_is_said():
-    found = run("import batchnorm", BATCHNORM_ISA="quantum")
+    found = python("import batchnorm", BATCHNORM_ISA="quantum")
     assert "BATCHNORM_ISA=quantum, which this processor or this build does not have" in found.stderr
     assert "BatchNormError" in found.stderr
     assert issubclass(BatchNormError, ValueError)
