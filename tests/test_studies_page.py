@@ -7,18 +7,11 @@ import sys
 
 import pytest
 
-import browsing
 import study_results
 from batchnorm import BatchNormError
 from batchnorm.views import activations, studies_page, study_charts
 from batchnorm.views.words import LANGUAGES, Words
-from browsing import HOSTILE, Opened, contrast, luminance
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with browsing.launched() as found:
-        yield found
+from browsing import HOSTILE, Opened, contrast, launched, luminance  # noqa: F401  # a fixture
 
 
 def save(folder, *made, language="en"):
