@@ -26,7 +26,7 @@ from batchnorm.lab.effects import (
     Reach,
     Table,
 )
-from batchnorm.lab.engine import FAILURES, Quiet, Workers
+from batchnorm.lab.engine import FAILURES, Workers
 from batchnorm.lab.record import CELLS, CellConfig
 from batchnorm.lab.statistics import Rule
 from batchnorm.lab.study import SIZES, Arm, Probe, Question, Size, Study, Text
@@ -65,6 +65,19 @@ def contents(folder):
 
 def _plain(line):
     return without_times({k: v for k, v in line.items() if k != "environment"})
+
+
+class Quiet:
+    """Says nothing."""
+
+    def start(self, cells, seconds):
+        pass
+
+    def finish(self, config, seconds):
+        pass
+
+    def failed(self, config, error, attempt):
+        pass
 
 
 def run(study, folder, workers=None, board=None, size="normal"):

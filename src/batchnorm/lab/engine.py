@@ -52,19 +52,6 @@ class Board(Protocol):
         """An attempt failed; there may be others."""
 
 
-class Quiet:
-    """Says nothing."""
-
-    def start(self, cells: int, seconds: float) -> None:
-        pass
-
-    def finish(self, config: Config, seconds: float) -> None:
-        pass
-
-    def failed(self, config: Config, error: str, attempt: int) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class Workers:
     """Where cells are run: processes of this machine, or a Dask cluster's address."""
