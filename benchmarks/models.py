@@ -30,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import batchnorm
 import resuming
 from batchnorm.model import exporting
-from batchnorm.model.calling import feed
+from batchnorm.model.calling import feed, tensors
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "runs" / "models.jsonl"  # a line a model, so that a run that stops goes on
@@ -257,7 +257,7 @@ def inputs_for(group: str, model: nn.Module) -> tuple[Any, ...]:  # noqa: PLR091
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     """The tensors that it gives."""
     with torch.no_grad():
-        return exporting.tensors(feed(model, inputs))
+        return tensors(feed(model, inputs))
 
 
 def apart(ours: list[Tensor], theirs: list[Tensor]) -> str:
