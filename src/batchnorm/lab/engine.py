@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from batchnorm.errors import BatchNormError, brief, lacking
-from batchnorm.lab import cells
+from batchnorm.lab import cells, files
 from batchnorm.lab.record import CellConfig, read_cell
 from batchnorm.lab.study import Config, Probe
 
@@ -238,7 +238,7 @@ class _Flight:
 
     def _keep(self, config: Config, content: bytes | None) -> None:
         if content is not None:
-            cells.keep(content, cells.path_of(config, self.folder))
+            files.keep(content, cells.path_of(config, self.folder))
         self.board.finish(config, self.expected[config.hash] / self.most)
 
     def _fail(self, config: Config, error: BaseException, attempt: int) -> None:
