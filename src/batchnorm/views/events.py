@@ -12,8 +12,8 @@ from typing import NamedTuple
 from batchnorm.errors import BatchNormError, lacking
 from batchnorm.lab.record import Cell, Record
 from batchnorm.lab.results import Result
+from batchnorm.lab.summary import QUANTITIES
 from batchnorm.views import study_charts
-from batchnorm.views.charts import QUANTITIES
 from batchnorm.views.words import Words
 
 WRITTEN = "events.out.tfevents.*"
