@@ -505,9 +505,8 @@ def test_exponentials_keep_their_digits_in_double(activation):
     x = torch.cat([sizes, -sizes, near, special])[None]
     mean, var = torch.zeros(2, x.shape[1], dtype=torch.float64)
     y = batchnorm.batch_norm(x, mean, var + 1, eps=0.0, activation=activation)
-    rtol = (
-        8 * torch.finfo(torch.float64).eps
-    )  # two or three operations behind an exponential, theirs too
+    # two or three operations behind an exponential, theirs too
+    rtol = 8 * torch.finfo(torch.float64).eps
     torch.testing.assert_close(
         y, ACTIVATIONS[activation](x), rtol=rtol, atol=1e-300, equal_nan=True
     )

@@ -1,7 +1,9 @@
 """Run one cell, wherever: in this process, in another one, on another machine.
 
-cells/<hash>.jsonl   a training, as `record` has it
-cells/<hash>.json    a probe: its configuration, where it ran, its values and curves
+    cells/<hash>.jsonl   a training, as `record` has it
+    cells/<hash>.json    a probe: its configuration, where it ran, its values and curves
+
+A cell that has its result is not run again.
 """
 
 import dataclasses

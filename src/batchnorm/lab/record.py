@@ -98,9 +98,8 @@ class LayerStatistics:
     input_var: list[float | None]  # biased
     output_mean: list[float | None]
     output_var: list[float | None]  # biased
-    weight: (
-        list[float | None] | None
-    )  # None where the arm has no such parameter; length 1 in `batch-note`
+    # None where the arm has no such parameter; length 1 in `batch-note`
+    weight: list[float | None] | None
     bias: list[float | None] | None
     running_mean: list[float | None] | None = None  # None where the arm keeps no such statistics
     running_var: list[float | None] | None = None
@@ -210,12 +209,8 @@ def read_cell(path: Path) -> Cell | None:
                     evaluations.append(Evaluation(layers=layers, **line))
                 case "done":
                     done = Done(**line)
-    except (
-        TypeError,
-        KeyError,
-        AttributeError,
-        UnicodeDecodeError,
-    ) as error:  # other fields, or no object at all
+    except (TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        # other fields, or no object at all
         raise _not_ours(path, str(error)) from error
     return None if header is None else Cell(header, evaluations, done)
 

@@ -1,7 +1,9 @@
 """TensorBoard's event files, made from the record as every other view is: a run a cell.
 
-DIR/<arm>/seed-<n>                    of a comparison
-DIR/<study>/<arm>/<place>/seed-<n>    of a study; without a grid there is no place
+    DIR/<arm>/seed-<n>                    of a comparison
+    DIR/<study>/<arm>/<place>/seed-<n>    of a study
+
+Where a study has no grid there is no place.
 """
 
 from collections.abc import Iterator, Sequence
