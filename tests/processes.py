@@ -1,17 +1,24 @@
-"""Python, started anew."""
+"""Python, and the commands, started anew."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
 
 
 def python(code, **environment):
     """What a process of its own makes of the code."""
+    return _run("-c", code, timeout=120, env={**os.environ, **environment})
+
+
+def command(*arguments, cwd=HERE, **options):
+    """`batchnorm ARGUMENTS`, by default in this folder, whose modules it can import."""
+    return _run("-m", "batchnorm", *map(str, arguments), timeout=300, cwd=cwd, **options)
+
+
+def _run(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, **options
     )

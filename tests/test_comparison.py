@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -18,9 +17,9 @@ import tiny
 from batchnorm.comparison import Comparison, report
 from batchnorm.lab.progress import Silent
 from batchnorm.lab.record import CELLS, read
+from processes import HERE, command, python
 from test_training import contents
 
-HERE = Path(__file__).parent
 FILES = {
     "summary.json",
     "table.csv",
@@ -32,18 +31,6 @@ FILES = {
 }
 SMALL = {"batch_size": 32, "threads": 2, "progress": Silent()}
 OPTIONS = ["--data", "tiny:images", "--batch-size", "32", "--threads", "2", "--epochs", "2"]
-
-
-def command(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "batchnorm", *map(str, arguments)],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **options,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -264,9 +251,7 @@ def test_importing_the_package_does_not_load_the_laboratory():
         "import torch, sys; before = set(sys.modules); import batchnorm;"
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    result = python(code)
     assert result.stdout.strip() == "['batchnorm']"
 
 
@@ -279,9 +264,7 @@ def test_without_the_laboratorys_libraries_what_to_install_is_said(tmp_path):
         f"sys.argv = ['batchnorm', 'report', {str(tmp_path)!r}]\n"
         "from batchnorm.cli import main; main()"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    result = python(code)
     assert (
         "batchnorm.compare needs jinja2. Install it: pip install 'batchnorm[lab]'" in result.stdout
     )

@@ -5,13 +5,11 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import psutil
 import pytest
 
+import processes
 from batchnorm import BatchNormError, studies
 from batchnorm.lab import cells, engine, networks, results
 from batchnorm.lab import studies as library
@@ -32,7 +30,6 @@ from batchnorm.lab.statistics import Rule
 from batchnorm.lab.study import SIZES, Arm, Probe, Question, Size, Study, Text
 from test_training import without_times
 
-HERE = Path(__file__).parent
 SMALL = {
     "data": "tiny:images", "batch_size": 32, "epochs": 2, "held_out_images": 64,
     "evaluations_per_epoch": 1, "recalibration_images": 64,
@@ -444,11 +441,7 @@ def test_a_result_that_is_none_is_said(tmp_path, content):
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "batchnorm", "study", *map(str, arguments)],
-        cwd=HERE, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "COLUMNS": "160"},
-    )  # fmt: skip
+    return processes.command("study", *arguments, env={**os.environ, "COLUMNS": "160"})
 
 
 def test_the_command_runs_a_study_and_prints_its_verdict(tmp_path):

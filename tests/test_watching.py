@@ -18,15 +18,12 @@ import batchnorm
 import rules as cases
 from batchnorm import BatchNormError
 from batchnorm.model.tracing import trace
+from processes import command
 from test_trainings import sgd, step
 
 
 def watch(*arguments, cwd, text=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "batchnorm", "watch", *arguments],
-        cwd=cwd, capture_output=True, text=True, check=False, timeout=120, input=text,
-        env={**os.environ, **environment},
-    )  # fmt: skip
+    return command("watch", *arguments, cwd=cwd, input=text, env={**os.environ, **environment})
 
 
 FAULTY = """
