@@ -18,7 +18,7 @@ from batchnorm.comparison import Comparison, report
 from batchnorm.lab.progress import Silent
 from batchnorm.lab.record import CELLS, read
 from processes import HERE, command, python
-from test_training import contents
+from trained import contents
 
 FILES = {
     "summary.json",

@@ -28,7 +28,7 @@ from batchnorm.lab.engine import FAILURES, Workers
 from batchnorm.lab.record import CELLS, CellConfig
 from batchnorm.lab.statistics import Rule
 from batchnorm.lab.study import SIZES, Arm, Probe, Question, Size, Study, Text
-from test_training import without_times
+from trained import without_times
 
 SMALL = {
     "data": "tiny:images", "batch_size": 32, "epochs": 2, "held_out_images": 64,
