@@ -36,12 +36,9 @@ def seconds(arm: str, epochs: int) -> float:
 def measure(rounds: int, epochs: int) -> dict[str, list[float]]:
     """Seconds of both, a number a round."""
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    order = list(ARMS)
-    for _ in range(rounds):
-        for arm in order:
-            times[arm].append(seconds(arm, epochs))
-            print(f"{arm}: {times[arm][-1]:.1f} s", flush=True)
-        order.append(order.pop(0))
+    for arm in figures.in_turn(ARMS, rounds):
+        times[arm].append(seconds(arm, epochs))
+        print(f"{arm}: {times[arm][-1]:.1f} s", flush=True)
     return times
 
 

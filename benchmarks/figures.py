@@ -1,7 +1,8 @@
-"""What the scripts that measure share: the options of their files, and the files."""
+"""What the scripts that measure share: their options, the order of the rounds, the files."""
 
 import argparse
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ def check(options: argparse.Namespace, table: str) -> None:
     """
     if options.markdown is not None:
         markdown.find(options.markdown, table)
+
+
+def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """All of them in every round, each round beginning with another."""
+    order = list(names)
+    for _ in range(rounds):
+        yield from order
+        order.append(order.pop(0))
 
 
 def measured_on(where: dict[str, Any]) -> str:

@@ -146,11 +146,8 @@ def measure(
     for way in ways.values():
         way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    order = list(ways)
-    for _ in range(rounds):
-        for name in order:
-            seconds[name].append(statistics.median(ways[name]() for _ in range(calls)))
-        order.append(order.pop(0))
+    for name in figures.in_turn(ways, rounds):
+        seconds[name].append(statistics.median(ways[name]() for _ in range(calls)))
     return seconds
 
 
