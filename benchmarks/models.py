@@ -410,6 +410,11 @@ def shape_of(inputs: tuple[Any, ...]) -> str:
     return f"{len(first)} images"
 
 
+def read_record() -> list[Line]:
+    """What was found before."""
+    return [Line(**line) for line in resuming.read(RECORD)]
+
+
 def main() -> None:
     """Examine, record, write the page."""
     part = resuming.part_of(__doc__)
@@ -418,8 +423,7 @@ def main() -> None:
     }
     resuming.look(looks, RECORD, "model", part)
     if part is None:
-        lines = [Line(**line) for line in resuming.read(RECORD)]
-        PAGE.write_text(page(lines), encoding="utf-8")
+        PAGE.write_text(page(read_record()), encoding="utf-8")
 
 
 def line_of(group: str, name: str, build: Build) -> resuming.Line | None:
