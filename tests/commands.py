@@ -45,10 +45,16 @@ def importable(folder, monkeypatch, module, code):
     return folder
 
 
-def invoke(*arguments):
-    """(exit status, everything that it says)."""
+def result_of(*arguments):
+    """What a command ends with and says; what it raises, and did not say in a line, is raised."""
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def invoke(*arguments):
+    """(exit status, everything that it says)."""
+    result = result_of(*arguments)
     return result.exit_code, result.output
 
 

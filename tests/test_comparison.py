@@ -17,6 +17,7 @@ import tiny
 from batchnorm.comparison import Comparison, report
 from batchnorm.lab.progress import Silent
 from batchnorm.lab.record import CELLS, read
+from commands import result_of
 from processes import HERE, command, python
 from trained import contents
 
@@ -191,18 +192,18 @@ def one_line(stderr: str) -> bool:
         (["--out", "/dev/null/here"], "Not a directory (/dev/null/here"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_status_2(tmp_path, arguments, message):
-    options = [*OPTIONS, "--out", tmp_path, *arguments]
-    result = command("compare", *options)
-    assert result.returncode == 2
+def test_what_a_user_can_mend_is_one_line_and_status_2(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(HERE)
+    result = result_of("compare", *OPTIONS, "--out", tmp_path, *arguments)
+    assert result.exit_code == 2
     assert one_line(result.stderr), result.stderr
     assert message in result.stderr.replace("\n", " ")
 
 
 @pytest.mark.parametrize("arguments", [["--schedule", "linear"], ["--epochs", "many"]])
 def test_an_option_that_does_not_parse_has_status_2(arguments):
-    result = command("compare", *arguments)
-    assert result.returncode == 2
+    result = result_of("compare", *arguments)
+    assert result.exit_code == 2
     assert arguments[0] in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -214,16 +215,16 @@ def test_a_record_of_another_version_is_said_and_not_touched(tmp_path, folder):
     for content in (line.replace('"parameters"', '"weights"'), line[: len(line) // 2], "[1]", "3"):
         path.write_text(content + "\n")
         for arguments in (["report", tmp_path], ["compare", *OPTIONS, "--out", tmp_path]):
-            result = command(*arguments)
-            assert result.returncode == 2
+            result = result_of(*arguments)
+            assert result.exit_code == 2
             assert one_line(result.stderr)
             assert "is not a record of this version" in result.stderr
         assert path.read_text() == content + "\n"
 
 
 def test_report_of_a_folder_without_a_record(tmp_path):
-    result = command("report", tmp_path)
-    assert result.returncode == 2
+    result = result_of("report", tmp_path)
+    assert result.exit_code == 2
     assert "holds no record of a comparison" in result.stderr
 
 

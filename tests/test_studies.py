@@ -28,6 +28,7 @@ from batchnorm.lab.engine import FAILURES, Workers
 from batchnorm.lab.record import CELLS, CellConfig
 from batchnorm.lab.statistics import Rule
 from batchnorm.lab.study import SIZES, Arm, Probe, Question, Size, Study, Text
+from commands import result_of
 from trained import without_times
 
 SMALL = {
@@ -470,8 +471,8 @@ def test_a_dry_run_leaves_nothing(tmp_path):
 
 
 def test_the_studies_are_listed():
-    result = command("--list")
-    assert result.returncode == 0
+    result = result_of("study", "--list")
+    assert result.exit_code == 0
     assert [line.split()[0] for line in result.stdout.splitlines()] == list(library.NAMES)
 
 
@@ -487,8 +488,8 @@ def test_the_studies_are_listed():
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_status_2(tmp_path, arguments, message):
-    result = command("gradient-growth", "--quick", "--out", tmp_path, *arguments)
-    assert result.returncode == 2
+    result = result_of("study", "gradient-growth", "--quick", "--out", tmp_path, *arguments)
+    assert result.exit_code == 2
     assert message in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.stderr
     assert not (tmp_path / CELLS).exists()
