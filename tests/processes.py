@@ -8,17 +8,18 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
+def run(*arguments, **options):
+    """Python with these arguments, to its end."""
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, **options
+    )
+
+
 def python(code, **environment):
     """What a process of its own makes of the code."""
-    return _run("-c", code, timeout=120, env={**os.environ, **environment})
+    return run("-c", code, timeout=120, env={**os.environ, **environment})
 
 
 def command(*arguments, cwd=HERE, **options):
     """`batchnorm ARGUMENTS`, by default in this folder, whose modules it can import."""
-    return _run("-m", "batchnorm", *map(str, arguments), timeout=300, cwd=cwd, **options)
-
-
-def _run(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, **options
-    )
+    return run("-m", "batchnorm", *map(str, arguments), timeout=300, cwd=cwd, **options)
