@@ -10,8 +10,9 @@ DEMO := demo
 demo: $(VENV)/demo-installed  ## train with and without batch normalization; look into demo/
 	$(BIN)/batchnorm compare --out $(DEMO)
 
-test: $(VENV)/dev-installed browser  ## all tests
-	$(BIN)/python -m pytest
+# The processes share the cores, so threads that wait must not spin.
+test: $(VENV)/dev-installed browser  ## all tests, in several processes
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 lint: $(VENV)/dev-installed  ## formatter, linter, type checker
 	$(BIN)/ruff format --check

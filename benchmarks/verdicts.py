@@ -10,6 +10,7 @@ claims, `<!-- verdicts -->`.
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ COUNTED = {
     "en": "`batchnorm study {name}{option}`, seeds: {seeds}",
     "zh": "`batchnorm study {name}{option}`，种子数：{seeds}",
 }
+RATE = "learning_rate"
+RATES = {"en": "learning rates", "zh": "学习率"}
 OUTCOMES = ("supported", "contradicted", "inconclusive")
 HEADER = {
     "en": ("the note's claim", *OUTCOMES, "`batchnorm study`"),
@@ -33,16 +36,30 @@ HEADER = {
 
 
 def verdict(name: str, found: dict[str, Any], words: Words) -> str:
-    """A row a question: the claim, the verdict, effect, interval and p; below it the command."""
-    keys = ("question", "verdict", "effect", "interval", "p")
+    """A row a question: the claim, the verdict, effect, interval, p, the arms' rates; then the command."""
+    header = [words(key) for key in ("question", "verdict", "effect", "interval", "p")]
+    tried = studies.find(name).sizes[found["size"]].grid.get(RATE, ())
     rows = [
-        (question["claim"][words.language].replace("|", "\\|"), *grids.numbers(question, words))
+        [
+            question["claim"][words.language].replace("|", "\\|"),
+            *grids.numbers(question, words),
+            *([rates(question["points"], tried)] if tried else []),
+        ]
         for question in found["questions"]
     ]
+    if tried:
+        header.append(RATES[words.language])
     seeds = max(question["seeds"] for question in found["questions"])
     option = "" if found["size"] == "normal" else f" --{found['size']}"
     counted = COUNTED[words.language].format(name=name, option=option, seeds=seeds)
-    return f"{markdown.table([words(key) for key in keys], rows, words=2)}\n\n{counted}"
+    return f"{markdown.table(header, rows, words=2)}\n\n{counted}"
+
+
+def rates(points: dict[str, dict[str, float]], tried: Sequence[float]) -> str:
+    """Each arm's, with a ° where it is the first or last that was tried: a better one may lie beyond."""
+    ends = (min(tried), max(tried))
+    chosen = {arm: point[RATE] for arm, point in points.items()}
+    return ", ".join(f"`{arm}` {rate:g}{'°' * (rate in ends)}" for arm, rate in chosen.items())
 
 
 def fill(page: Path, verdicts: dict[str, Any], language: str) -> list[str]:
@@ -61,8 +78,9 @@ def fill(page: Path, verdicts: dict[str, Any], language: str) -> list[str]:
 def table(verdicts: dict[str, Any], language: str) -> str:
     """A row a claim of the note: how many of its questions ended how, and the study."""
     rows = []
-    for name, found in verdicts.items():
-        if studies.find(name).source.startswith("the note"):
+    for name in studies.NAMES:
+        if name in verdicts and studies.find(name).source.startswith("the note"):
+            found = verdicts[name]
             ends = Counter(question["verdict"] for question in found["questions"])
             counts = (str(ends[outcome] or "–") for outcome in OUTCOMES)
             rows.append((found["claim"][language], *counts, f"`{name}`"))

@@ -10,6 +10,7 @@ import pages
 import verdicts
 from batchnorm.errors import BatchNormError
 from batchnorm.lab import studies
+from batchnorm.views.words import Words
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTES = ["note.md", "note.zh-CN.md"]
@@ -111,6 +112,18 @@ def test_the_note_s_claims_are_counted():
     assert header.startswith("| the note's claim | supported | contradicted | inconclusive |")
     assert rows == ["| It is linear. | 1 | – | 1 | `linear` |"]
     assert verdicts.table(FOUND, "zh").splitlines()[2] == "| 它是线性的。 | 1 | – | 1 | `linear` |"
+
+
+def test_a_rate_at_the_end_of_what_was_tried_is_marked():
+    points = {"batch": {"learning_rate": 30.0}, "none": {"learning_rate": 0.3}}
+    found = FOUND["linear"] | {"questions": [FOUND["linear"]["questions"][0] | {"points": points}]}
+    shown = verdicts.verdict("learning-rate", found, Words("en")).splitlines()
+    assert shown[0].endswith("| p (Holm) | learning rates |")
+    assert shown[2].endswith("| 0.02 | `batch` 30, `none` 0.3 |")
+    tried = studies.find("learning-rate").sizes["normal"].grid["learning_rate"]
+    assert (min(tried), max(tried)) == (0.01, 30.0)
+    shown = verdicts.verdict("learning-rate", found | {"size": "normal"}, Words("en"))
+    assert "| `batch` 30°, `none` 0.3 |" in shown
 
 
 def test_what_has_no_place_is_refused(tmp_path):

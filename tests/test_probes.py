@@ -152,8 +152,11 @@ def test_along_a_gradient_the_loss_is_what_it_is_there():
 
 
 def test_predictiveness_looks_at_every_so_many_steps():
-    options = {"arm": "batch", "train_images": 320, "learning_rate": 0.5, "reach": 2.0}
+    options = {
+        "arm": "batch", "network": "mlp", "train_images": 320, "learning_rate": 0.5, "reach": 2.0
+    }  # fmt: skip
     found = probes.predictiveness(0, tiny.as_images(), every=2, **options)
+    assert 0 <= found["accuracy"] <= 1
     assert found["step"] == [2, 4]
     assert len(found["loss_ranges"]) == 2
     assert found["loss_range"] == pytest.approx(sum(found["loss_ranges"]) / 2)

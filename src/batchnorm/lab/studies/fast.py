@@ -19,7 +19,7 @@ STUDY = Study(
         "seconds.",
         "有批量归一化时，LeNet 大小的网络几秒钟即可达到 0.9 的测试精度。",
     ),
-    source="the note's accuracy; the time is this project's goal",
+    source="this project's goal, for the note's accuracy",
     arms=(FAST,),
     sizes={"quick": Size(8, RECIPE), "normal": Size(10, RECIPE), "full": Size(20, RECIPE)},
     questions=(

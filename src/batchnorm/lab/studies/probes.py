@@ -260,6 +260,7 @@ def predictiveness(
     images: Images,
     *,
     arm: str,
+    network: str,
     train_images: int,
     learning_rate: float,
     every: int,
@@ -269,10 +270,11 @@ def predictiveness(
 
     At every so many steps, on the step's batch: the loss at x − t·g for t up to `reach` times the
     learning rate; `loss_range` is the largest less the smallest, and `gradient_change` the largest
-    ‖g(x − t·g) − g(x)‖ / ‖g(x)‖. Means over the steps.
+    ‖g(x − t·g) − g(x)‖ / ‖g(x)‖. Means over the steps. And the test accuracy: a network that is
+    still at chance has a smooth loss, too.
     """
     batches = TensorBatches(images, 64, train_images)
-    model = fitting.start("lenet", arm, seed)
+    model = fitting.start(network, arm, seed)
     inputs, labels = next(batches.train(seed, 1))
     looks: list[int] = []
     ranges: list[float] = []
@@ -294,6 +296,7 @@ def predictiveness(
     return {
         "loss_range": statistics.fmean(ranges),
         "gradient_change": statistics.fmean(changes),
+        "accuracy": _test_accuracy(model.eval(), images),
         "step": looks,
         "loss_ranges": ranges,
         "gradient_changes": changes,
