@@ -13,8 +13,6 @@ accumulator's roundoff (a pairwise or blocked sum of M terms: log2 M of them, an
 around it), each relative to Σ|terms|, which is larger than |Σ terms| by the sum's condition.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -28,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import batchnorm
+import figures
 from batchnorm.lab.environment import environment
 from batchnorm.views import markdown
 
@@ -226,9 +225,8 @@ def page(rows: list[Row], shape: tuple[int, int, int, int]) -> str:
 
 def main() -> None:
     """Compare every case, write the page, say where ours is worse."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = figures.parser(__doc__)
     parser.add_argument("--shape", default="32,64,28,28", help="N,C,H,W")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument("--page", type=Path, default=PAGE, help="docs/accuracy.md by default")
     options = parser.parse_args()
     try:
@@ -240,9 +238,7 @@ def main() -> None:
     text = page(rows, shape)
     print(text)
     options.page.write_text(text, encoding="utf-8")
-    if options.json is not None:
-        content = [asdict(row) | {"case": row.case.name} for row in rows]
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    figures.save(options.json, [asdict(row) | {"case": row.case.name} for row in rows])
     worse = [row for row in rows if row.worse]
     for row in worse:
         print(

@@ -7,17 +7,13 @@ none and batch, or none and batch-torch. In turn, every round beginning with ano
 median of the rounds' ratios.
 """
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-import torch
-
+import figures
 from batchnorm.lab.environment import environment
 from batchnorm.views import markdown
 
@@ -40,35 +36,26 @@ def seconds(arm: str, epochs: int) -> float:
 def measure(rounds: int, epochs: int) -> dict[str, list[float]]:
     """Seconds of both, a number a round."""
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    order = list(ARMS)
-    for _ in range(rounds):
-        for arm in order:
-            times[arm].append(seconds(arm, epochs))
-            print(f"{arm}: {times[arm][-1]:.1f} s", flush=True)
-        order.append(order.pop(0))
+    for arm in figures.in_turn(ARMS, rounds):
+        times[arm].append(seconds(arm, epochs))
+        print(f"{arm}: {times[arm][-1]:.1f} s", flush=True)
     return times
 
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = figures.parser(__doc__, "demo")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
-    parser.add_argument(
-        "--markdown", type=Path, help="put the table into this page, at <!-- demo -->"
-    )
     options = parser.parse_args()
     for name in ("rounds", "epochs"):
         if (value := getattr(options, name)) < 1:
             parser.error(f"--{name} is {value} and should be a whole number from 1")
-    if options.markdown is not None:
-        markdown.find(options.markdown, "demo")
+    figures.check(options, "demo")
     where = environment()
     line = (
-        f"{where['processor']}, {torch.get_num_threads()} threads, torch {where['torch']}, "
-        f"{where['backend']}; medians of {options.rounds} rounds in turn, in brackets the least and "
-        "the most"
+        f"{figures.measured_on(where)}; medians of {options.rounds} rounds in turn, in brackets "
+        "the least and the most"
     )
     print(line)
     times = measure(options.rounds, options.epochs)
@@ -82,11 +69,8 @@ def main() -> None:
     )
     table = markdown.table(HEADER, [row], words=0)
     print(table)
-    if options.json is not None:
-        content = {"environment": where, "seconds": times}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if options.markdown is not None:
-        markdown.refresh(options.markdown, "demo", f"{line}.\n\n{table}")
+    figures.save(options.json, {"environment": where, "seconds": times})
+    figures.publish(options, "demo", line, table)
 
 
 if __name__ == "__main__":

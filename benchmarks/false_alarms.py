@@ -7,11 +7,6 @@ The models are those of benchmarks/models.py, with random weights and the statis
 is then checked; the trainings are written as they should be.
 """
 
-import argparse
-import gc
-import json
-import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,8 +19,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import batchnorm
 import models
+import resuming
 from batchnorm.checks.checking import check
-from batchnorm.checks.findings import Findings
+from batchnorm.checks.findings import Findings, joined
 from batchnorm.checks.rules import all_rules
 from batchnorm.checks.watching import watch
 from batchnorm.lab import networks
@@ -125,15 +121,7 @@ def train(
 def plain() -> Findings:
     with watch() as watching:
         train(small().train())
-    return only(watching.findings())
-
-
-def only(found: list[Findings]) -> Findings:
-    return Findings(
-        [f for each in found for f in each],
-        model=", ".join(each.model for each in found),
-        checked=found[0].checked,
-    )
+    return joined(watching.findings())
 
 
 def lenet() -> Findings:
@@ -151,7 +139,7 @@ def lenet() -> Findings:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    found = only(watching.findings())
+    found = joined(watching.findings())
     return Findings([*found, *check(model.eval(), data[-8:])], model="LeNet", checked=found.checked)
 
 
@@ -160,7 +148,7 @@ def frozen_fine_tuning() -> Findings:
     batchnorm.freeze(model, parameters=True).train()
     with watch() as watching:
         train(model, rate=0.01)
-    return only(watching.findings())
+    return joined(watching.findings())
 
 
 def frozen_by_a_train_of_its_own() -> Findings:
@@ -176,7 +164,7 @@ def frozen_by_a_train_of_its_own() -> Findings:
     model = Backbone(*settled(small(), [(x,) for x, _ in batches(4)]).children()).train()
     with watch() as watching:
         train(model, rate=0.01)
-    return only(watching.findings())
+    return joined(watching.findings())
 
 
 def gan() -> Findings:
@@ -206,7 +194,7 @@ def gan() -> Findings:
             discriminator.requires_grad_(True)
             for optimizer in half:
                 optimizer.zero_grad()
-    return only(watching.findings())
+    return joined(watching.findings())
 
 
 def averaged_with_its_buffers() -> Findings:
@@ -251,7 +239,7 @@ def accumulated() -> Findings:
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-    return only(watching.findings())
+    return joined(watching.findings())
 
 
 def siamese() -> Findings:
@@ -295,13 +283,28 @@ def unchecked(found: list[Findings]) -> list[str]:
     )
 
 
-def cases() -> dict[str, tuple[str, Callable[[], list[Findings]]]]:
-    """Name -> kind, and what finds."""
-    found: dict[str, tuple[str, Callable[[], list[Findings]]]] = {
-        name: ("training", partial(_alone, run)) for name, run in TRAININGS.items()
+def line_of(name: str, kind: str, find: Callable[[], list[Findings]]) -> resuming.Line | None:
+    """For the record; None where there is no batch norm in it."""
+    found = find()
+    if not found:
+        return None
+    return {
+        "name": name,
+        "kind": kind,
+        "rules": len(found[0].checked),
+        "found": told(found),
+        "unchecked": unchecked(found),
+    }
+
+
+def looks() -> dict[str, Callable[[], resuming.Line | None]]:
+    """By name: the trainings, then the models."""
+    found: dict[str, Callable[[], resuming.Line | None]] = {
+        name: partial(line_of, name, "training", partial(_alone, run))
+        for name, run in TRAININGS.items()
     }
     for name, (group, build) in models.all_models().items():
-        found[name] = (group, partial(of_model, group, build))
+        found[name] = partial(line_of, name, group, partial(of_model, group, build))
     return found
 
 
@@ -309,50 +312,15 @@ def _alone(run: Callable[[], Findings]) -> list[Findings]:
     return [run()]
 
 
-def read_record() -> list[dict[str, Any]]:
-    """What was found before."""
-    if not RECORD.exists():
-        return []
-    return [json.loads(line) for line in RECORD.read_text(encoding="utf-8").splitlines()]
-
-
 def main() -> None:
     """Check, record, write the page."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("part", nargs="?", help="of the names")
-    part = parser.parse_args().part
-    warnings.simplefilter("ignore")
-    RECORD.parent.mkdir(exist_ok=True)
-    known = {line["name"] for line in read_record()} if part is None else set()
-    for name, (kind, find) in cases().items():
-        if name in known or (part or "") not in name:
-            continue
-        try:
-            found = find()
-        except Exception as error:  # noqa: BLE001  # told, and the others go on
-            print(
-                f"{name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True
-            )
-            continue
-        if not found:
-            continue
-        line = {
-            "name": name,
-            "kind": kind,
-            "rules": len(found[0].checked),
-            "found": told(found),
-            "unchecked": unchecked(found),
-        }
-        print(name, line["rules"], line["found"], line["unchecked"], flush=True)
-        if part is None:
-            with RECORD.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        gc.collect()
+    part = resuming.part_of(__doc__)
+    resuming.look(looks(), RECORD, "name", part)
     if part is None:
-        PAGE.write_text(page(read_record()), encoding="utf-8")
+        PAGE.write_text(page(resuming.read(RECORD)), encoding="utf-8")
 
 
-def page(lines: list[dict[str, Any]]) -> str:
+def page(lines: list[resuming.Line]) -> str:
     """The table as Markdown."""
     loud = sum(bool(line["found"]) for line in lines)
     head = f"""\

@@ -9,8 +9,6 @@ medians, and the ratio of each pair, since seconds drift on a shared machine.
     [THP_MEM_ALLOC_ENABLE=1] python benchmarks/lenet.py [--rounds 5] [--train-images 60000] [--json FILE]
 """
 
-import argparse
-import json
 import os
 import statistics
 import time
@@ -25,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import ToTensor
 
+import figures
 from batchnorm.lab import arms, networks
 from batchnorm.lab.batches import TensorBatches
 from batchnorm.lab.data import Images, fashion_mnist
@@ -90,10 +89,9 @@ def train(model: nn.Module, epoch: Epoch) -> float:
 
 def main() -> None:
     """Time every way in turn, print medians and ratios."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = figures.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--train-images", type=int, default=60_000)
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args()
     images = first(fashion_mnist(), options.train_images)
     ways = {
@@ -124,9 +122,8 @@ def report(seconds: dict[str, list[float]], path: Path | None) -> None:
         median = statistics.median(values)
         print(f"{name:28}{median:10.2f}{min(values):8.2f}{max(values):8.2f}{ratio:10.2f}")
         rows[name] = {"seconds": values, "median": median, "ratio_to_ours": ratio}
-    if path is not None:
-        content = {"environment": where, "threads": torch.get_num_threads(), "ways": rows}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = {"environment": where, "threads": torch.get_num_threads(), "ways": rows}
+    figures.save(path, content)
 
 
 if __name__ == "__main__":

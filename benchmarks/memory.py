@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import batchnorm
+import figures
 from batchnorm.lab.environment import environment
 from batchnorm.views import markdown
 
@@ -188,28 +189,20 @@ def above(peaks: list[Peak]) -> list[Peak]:
 
 def main() -> None:
     """Measure every arm, print the table, say where ours takes more."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
-    parser.add_argument(
-        "--markdown", type=Path, help="put the table into this page, at <!-- memory -->"
-    )
+    parser = figures.parser(__doc__, "memory")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
         print(json.dumps(asdict(measure(*options.one))))
         return
-    if options.markdown is not None:
-        markdown.find(options.markdown, "memory")
+    figures.check(options, "memory")
     where = environment()
     line = f"{where['processor']}, torch {where['torch']}, {where['backend']}"
     print(line)
     peaks = [apart(workload, arm) for workload in WORKLOADS for arm in ARMS]
     print(table(peaks))
-    if options.json is not None:
-        content = {"environment": where, "peaks": [asdict(peak) for peak in peaks]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if options.markdown is not None:
-        markdown.refresh(options.markdown, "memory", f"{line}.\n\n{table(peaks)}")
+    figures.save(options.json, {"environment": where, "peaks": [asdict(peak) for peak in peaks]})
+    figures.publish(options, "memory", line, table(peaks))
     for peak in above(peaks):
         print(f"more than torch.nn's: {peak.workload}, {peak.arm}: {peak.allocated:,} bytes")
     sys.exit(bool(above(peaks)))

@@ -9,13 +9,8 @@ difference of outputs ÷ the largest output; "–" stands for what torch or ONNX
 model itself, too.
 """
 
-import argparse
-import gc
-import json
 import re
-import sys
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import batchnorm
+import resuming
 from batchnorm.model import exporting
-from batchnorm.model.calling import feed
+from batchnorm.model.calling import feed, tensors
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "runs" / "models.jsonl"  # a line a model, so that a run that stops goes on
@@ -265,7 +261,7 @@ def inputs_for(group: str, model: nn.Module) -> tuple[Any, ...]:  # noqa: PLR091
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     """The tensors that it gives."""
     with torch.no_grad():
-        return exporting.tensors(feed(model, inputs))
+        return tensors(feed(model, inputs))
 
 
 def apart(ours: list[Tensor], theirs: list[Tensor]) -> str:
@@ -440,39 +436,24 @@ def _number(text: str) -> float:
 
 def read_record() -> list[Line]:
     """What was found before."""
-    if not RECORD.exists():
-        return []
-    return [Line(**json.loads(line)) for line in RECORD.read_text(encoding="utf-8").splitlines()]
+    return [Line(**line) for line in resuming.read(RECORD)]
 
 
 def main() -> None:
     """Examine, record, write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("part", nargs="?", help="of the names")
-    part = parser.parse_args().part
-    warnings.simplefilter("ignore")
-    RECORD.parent.mkdir(exist_ok=True)
-    known = {line.model for line in read_record()} if part is None else set()
-    for name, (group, build) in all_models().items():
-        if name in known or (part or "") not in name:
-            continue
-        try:
-            line = examine(group, name, build)
-        except Exception as error:  # noqa: BLE001  # told, and the others go on
-            print(
-                f"{name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True
-            )
-            continue
-        if line is not None:
-            print(" | ".join(map(str, asdict(line).values())), flush=True)
-            if part is None:
-                with RECORD.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(line), ensure_ascii=False) + "\n")
-        gc.collect()
+    part = resuming.part_of(__doc__)
+    looks = {
+        name: partial(line_of, group, name, build) for name, (group, build) in all_models().items()
+    }
+    resuming.look(looks, RECORD, "model", part)
     if part is None:
         PAGE.write_text(page(read_record()), encoding="utf-8")
+
+
+def line_of(group: str, name: str, build: Build) -> resuming.Line | None:
+    """For the record."""
+    line = examine(group, name, build)
+    return None if line is None else asdict(line)
 
 
 def page(lines: list[Line]) -> str:

@@ -8,15 +8,11 @@ machine. The targets follow from the norms' share of a step by Amdahl's law. Mem
 was started with: docs/performance.md names the settings.
 """
 
-import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
@@ -24,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm
+import figures
 import lenet
 from batchnorm.lab.data import fashion_mnist
 from batchnorm.lab.environment import environment
@@ -149,11 +146,8 @@ def measure(
     for way in ways.values():
         way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    order = list(ways)
-    for _ in range(rounds):
-        for name in order:
-            seconds[name].append(statistics.median(ways[name]() for _ in range(calls)))
-        order.append(order.pop(0))
+    for name in figures.in_turn(ways, rounds):
+        seconds[name].append(statistics.median(ways[name]() for _ in range(calls)))
     return seconds
 
 
@@ -176,42 +170,28 @@ def run(names: list[str], rounds: int, train_images: int) -> list[Row]:
 
 def main() -> None:
     """Parse, measure, write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = figures.parser(__doc__, "networks")
     known = [*WORKLOADS, LENET]
     parser.add_argument("--networks", default=",".join(known), help=f"of {', '.join(known)}")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--train-images", type=int, default=60_000, help="of LeNet's epoch")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
-    parser.add_argument(
-        "--markdown", type=Path, help="put the table into this page, at <!-- networks -->"
-    )
     options = parser.parse_args()
     names = [name.strip() for name in options.networks.split(",")]
     if unknown := set(names) - set(known):
         parser.error(f"there is no network {min(unknown)!r}; there are {', '.join(known)}")
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds} and should be a whole number from 1")
-    if options.markdown is not None:
-        markdown.find(options.markdown, "networks")
+    figures.check(options, "networks")
     where = environment()
     line = (
-        f"{where['processor']}, {torch.get_num_threads()} threads, torch {where['torch']}, "
-        f"{where['backend']}; medians of {options.rounds} rounds in turn, in brackets the least and "
-        "the most"
+        f"{figures.measured_on(where)}; medians of {options.rounds} rounds in turn, in brackets "
+        "the least and the most"
     )
     print(line)
     rows = run(names, options.rounds, options.train_images)
-    write(rows, line, where, options)
-
-
-def write(rows: list[Row], line: str, where: dict[str, Any], options: argparse.Namespace) -> None:
-    """The files that were asked for."""
-    if options.json is not None:
-        content = {"environment": where, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if options.markdown is not None:
-        text = f"{line}.\n\n{markdown.table(HEADER, [row.cells() for row in rows], words=3)}"
-        markdown.refresh(options.markdown, "networks", text)
+    figures.save(options.json, {"environment": where, "rows": [asdict(row) for row in rows]})
+    table = markdown.table(HEADER, [row.cells() for row in rows], words=3)
+    figures.publish(options, "networks", line, table)
 
 
 if __name__ == "__main__":

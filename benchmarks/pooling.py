@@ -9,12 +9,9 @@ that network with fused layers, in one process, in turn; the sum over the places
 that such a pass could save: what it would compute itself is not taken off.
 """
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torchvision
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import batchnorm
+import figures
 from batchnorm.lab import arms, networks
 from batchnorm.lab.environment import environment
 from batchnorm.speed import timing
@@ -179,29 +177,18 @@ def measure(name: str, rounds: int) -> Row:
 
 def main() -> None:
     """Measure every network, print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = figures.parser(__doc__, "pooling")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
-    parser.add_argument(
-        "--markdown", type=Path, help="put the table into this page, at <!-- pooling -->"
-    )
     options = parser.parse_args()
-    if options.markdown is not None:
-        markdown.find(options.markdown, "pooling")
+    figures.check(options, "pooling")
     where = environment()
-    line = (
-        f"{where['processor']}, threads {torch.get_num_threads()}, torch {where['torch']}, "
-        f"{where['backend']}, {options.rounds} rounds"
-    )
+    line = f"{figures.measured_on(where)}, {options.rounds} rounds"
     print(line)
     rows = [measure(name, options.rounds) for name in WORKLOADS]
     table = markdown.table(HEADER, [row.cells() for row in rows], words=1)
     print(table)
-    if options.json is not None:
-        content = {"environment": where, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if options.markdown is not None:
-        markdown.refresh(options.markdown, "pooling", f"{line}.\n\n{table}")
+    figures.save(options.json, {"environment": where, "rows": [asdict(row) for row in rows]})
+    figures.publish(options, "pooling", line, table)
 
 
 if __name__ == "__main__":

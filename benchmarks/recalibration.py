@@ -7,13 +7,10 @@ deviations and relative, against float64 over all images at once.
     [THP_MEM_ALLOC_ENABLE=1] python benchmarks/recalibration.py [--rounds 7] [--json FILE]
 """
 
-import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torchvision
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import batchnorm
+import figures
 from batchnorm.lab import networks
 from batchnorm.lab.data import fashion_mnist
 from batchnorm.lab.environment import environment
@@ -63,17 +61,15 @@ def first_error(model: nn.Module, batches: list[Tensor]) -> float:
 
 def main() -> None:
     """Time every tool in turn, print medians, ratios and errors."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = figures.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args()
     where = environment()
     print(f"{where['processor']}, {torch.get_num_threads()} threads, torch {where['torch']}")
     content = {"environment": where, "threads": torch.get_num_threads()}
     for name, (model, batches) in workloads().items():
         content[name] = compare(name, model, batches, options.rounds)
-    if options.json is not None:
-        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    figures.save(options.json, content)
 
 
 def compare(

@@ -6,15 +6,13 @@ In one process with the default allocator, in turn, round by round; a number is 
 ratios.
 """
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
+import figures
 from batchnorm.kernels import memory
 from batchnorm.lab.environment import environment
 from batchnorm.speed import cases, timing
@@ -76,29 +74,18 @@ def measure(shape: cases.Shape, operation: cases.Operation, rounds: int) -> Row:
 
 def main() -> None:
     """Measure every shape and pass, print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = figures.parser(__doc__, "reuse")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
-    parser.add_argument(
-        "--markdown", type=Path, help="put the table into this page, at <!-- reuse -->"
-    )
     options = parser.parse_args()
-    if options.markdown is not None:
-        markdown.find(options.markdown, "reuse")
+    figures.check(options, "reuse")
     where = environment()
-    line = (
-        f"{where['processor']}, threads {torch.get_num_threads()}, torch {where['torch']}, "
-        f"{where['backend']}, float32, {options.rounds} rounds"
-    )
+    line = f"{figures.measured_on(where)}, float32, {options.rounds} rounds"
     print(line)
     rows = [measure(shape, each, options.rounds) for shape in SHAPES for each in OPERATIONS]
     table = markdown.table(HEADER, [row.cells() for row in rows], words=3)
     print(table)
-    if options.json is not None:
-        content = {"environment": where, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if options.markdown is not None:
-        markdown.refresh(options.markdown, "reuse", f"{line}.\n\n{table}")
+    figures.save(options.json, {"environment": where, "rows": [asdict(row) for row in rows]})
+    figures.publish(options, "reuse", line, table)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ that is reported by default, and say nothing after the remedy.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Case:
     rule: str
     planted: Callable[[], Situation]
     healthy: Callable[[], Situation]
-    repair: Callable[[Situation], Situation | None]
+    repair: Callable[[Situation], Situation]
     level: Level = Level.WARNING
 
 
@@ -99,23 +99,23 @@ def healthy() -> Situation:
     return Situation(network(), loader())
 
 
-def changed(change: Callable[[Any], object], model: Callable[[], nn.Module] = network) -> Situation:
+def changed(change: Callable[[Any], object]) -> Situation:
     """The network with a fault in it."""
-    made = model()
-    change(made)
-    return Situation(made, loader())
+    model = network()
+    change(model)
+    return Situation(model, loader())
 
 
-def fixed(situation: Situation) -> Situation | None:
+def fixed(situation: Situation) -> Situation:
     """By check(fix=True)."""
     check(situation.model, situation.loader, situation.optimizer, fix=True, level="note")
     return situation
 
 
-def by(change: Callable[[Any], object]) -> Callable[[Situation], Situation | None]:
+def by(change: Callable[[Any], object]) -> Callable[[Situation], Situation]:
     """By the remedy's code."""
 
-    def repair(situation: Situation) -> Situation | None:
+    def repair(situation: Situation) -> Situation:
         change(situation.model)
         return situation
 
@@ -605,14 +605,13 @@ def examine(case: Case) -> Result:
     fault = case.planted()
     planted = fault.findings(case.rule, level)
     repaired = case.repair(fault)
-    assert repaired is not None
     return Result(
         planted, case.healthy().findings(case.rule, level), repaired.findings(case.rule, level)
     )
 
 
-def page() -> str:
-    """The table, and a page of each rule, as Markdown."""
+def page(cases: dict[str, tuple[Case, Result]]) -> str:
+    """The table, and a page of each rule, as Markdown; `cases` by rule."""
     lines = [
         "# The rules of `check` and `watch`\n",
         (
@@ -621,11 +620,8 @@ def page() -> str:
         ),
         "| rule | | level | planted | healthy | repaired |\n|---|---|---|---|---|---|",
     ]
-    results = {case.rule: (case, examine(case)) for case in CASES}
     for identifier, rule in all_rules().items():
-        if identifier not in results:
-            continue
-        case, result = results[identifier]
+        case, result = cases[identifier]
         silent = ["silent" if not found else "found" for found in (result.healthy, result.repaired)]
         lines.append(
             f"| [{identifier}](#{identifier.lower()}) | {rule.title} | {case.level} | "
@@ -633,29 +629,27 @@ def page() -> str:
         )
     for identifier, rule in all_rules().items():
         lines += [f"\n## {identifier}\n", f"**{rule.title}** ({rule.level})\n", rule.explanation]
-        if identifier in results:
-            lines.append("\n```\n" + "\n".join(_short(results[identifier][1].planted)) + "\n```")
+        planted = cases[identifier][1].planted
+        lines.append("\n```\n" + "\n".join(str(found) for found in planted[:3]) + "\n```")
         lines += ["\nThe remedy:\n", f"```python\n{rule.remedy}\n```"]
         needs = ", ".join(rule.needs)
         lines.append(f"\nNeeds: {needs}." if needs else "")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _short(found: list[Finding]) -> Iterator[str]:
-    yield from (str(each) for each in found[:3])
-
-
 def main() -> None:
     """Examine every case, say what does not hold, write the page."""
+    results = {}
     for case in CASES:
         result = examine(case)
+        results[case.rule] = case, result
         sign = "ok  " if result.holds(case) else "NOT "
         print(
             sign,
             case.rule,
             *map(str, [result.planted[:1], result.healthy[:1], result.repaired[:1]]),
         )
-    PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(page(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,20 +6,18 @@ are the same bits.
     python benchmarks/watch.py [--rounds 9] [--json FILE]
 """
 
-import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
 import batchnorm
+import figures
 from batchnorm.lab import networks
 from batchnorm.lab.environment import environment
 
@@ -60,9 +58,8 @@ def block(model: nn.Module, x: Tensor, steps: int, *, watched: bool) -> tuple[fl
 
 def main() -> None:
     """Time both in turn, print medians and ratios."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = figures.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="2 or more")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args()
     where = environment()
     print(f"{where['processor']}, {torch.get_num_threads()} threads, torch {where['torch']}")
@@ -82,8 +79,7 @@ def main() -> None:
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"{name:28} {middle - 1:+7.1%}   ({low - 1:+.1%} to {high - 1:+.1%})", flush=True)
         rows[name] = {"median": middle, "quartiles": [low, high]}
-    if options.json is not None:
-        options.json.write_text(json.dumps({"environment": where, "ratios": rows}, indent=2) + "\n")
+    figures.save(options.json, {"environment": where, "ratios": rows})
 
 
 if __name__ == "__main__":

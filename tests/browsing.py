@@ -1,8 +1,8 @@
 """A page in a real browser: what it says, what it asks for, whether its colours can be read."""
 
 import shutil
-from contextlib import contextmanager
 
+import pytest
 from playwright.sync_api import sync_playwright
 
 CHROMIUM = shutil.which("chromium")  # None: the one that `playwright install` put somewhere
@@ -18,9 +18,8 @@ ARGUMENTS = [
 HOSTILE = "</script><img src=http://evil.test/ onerror=alert(1)>{{7*7}}<!--"
 
 
-@contextmanager
+@pytest.fixture(scope="module", name="browser")
 def launched():
-    """A browser, closed at the end."""
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield found

@@ -1,4 +1,4 @@
-"""The command, called in this process, and a module that it is called on."""
+"""The commands, called in this process, and a module that they are called on."""
 
 import sys
 
@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from batchnorm.cli import app
 
 MODULE = """
-import torch, torchvision
+import torch
 from torch import nn
 
 def build():
@@ -33,14 +33,31 @@ def raises():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "faulty", raising=False)
-    (tmp_path / "faulty.py").write_text(MODULE)
-    return tmp_path
+    return importable(tmp_path, monkeypatch, "faulty", MODULE)
+
+
+def importable(folder, monkeypatch, module, code):
+    """The folder, where one works, with a module in it."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    (folder / f"{module}.py").write_text(code)
+    return folder
+
+
+def result_of(*arguments):
+    """What a command ends with and says; what it raises, and did not say in a line, is raised."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
 
 
 def invoke(*arguments):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, " ".join(result.output.split())
+    """(exit status, everything that it says)."""
+    result = result_of(*arguments)
+    return result.exit_code, result.output
+
+
+def invoke_unwrapped(*arguments):
+    status, output = invoke(*arguments)
+    return status, " ".join(output.split())

@@ -19,10 +19,10 @@ def accuracy(arm, rate, seed, epoch):
     return 0.1 + (best - 0.1) * epoch / 2 + 0.01 * seed
 
 
-def trainings(name="rates", claim="It allows larger rates.", arms=("none", "batch"), **changes):
+def trainings(arms=("none", "batch")):
     """Two arms over a grid of rates; the arm without at the largest rate diverged at once."""
     return _result(
-        name, claim, arms,
+        "rates", "It allows larger rates.", arms,
         grid={"learning_rate": list(RATES)},
         cells=[_training(a, r, s) for s in SEEDS for r in RATES for a in arms],
         questions=[
@@ -30,7 +30,7 @@ def trainings(name="rates", claim="It allows larger rates.", arms=("none", "batc
             _question("sooner", "contradicted", -0.2, (-0.3, -0.1), {"low": 0, "high": None}, arms),
             _question("same", "inconclusive", 0.01, (-0.1, 0.1), {"low": -0.05, "high": 0.05}, arms),
         ],
-    ) | changes  # fmt: skip
+    )  # fmt: skip
 
 
 def probes(name="growth", claim="Gradients explode.", curve="log_gradient", **changes):
@@ -53,15 +53,15 @@ PERCENTS = (1, 5, 15, 25, 35, 50, 65, 75, 85, 95, 99)
 STEPS = (0, 10, 20)
 
 
-def flows(name="flow", claim="Inputs stay.", **changes):
+def flows():
     """A probe of percentiles over the steps: uniform from −w to w, w = 1 + step; 100 at rate 10."""
     arms = ("none", "batch")
     return _result(
-        name, claim, arms,
+        "flow", "Inputs stay.", arms,
         grid={"learning_rate": [1.0, 10.0]},
         cells=[_flow(arm, rate, seed) for seed in SEEDS for rate in (1.0, 10.0) for arm in arms],
         questions=[_question("steadier", "supported", 1.2, (1.1, 1.3), {"low": 0, "high": None}, arms)],
-    ) | changes  # fmt: skip
+    )  # fmt: skip
 
 
 def _flow(arm, rate, seed):

@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import folder, invoke  # noqa: F401  # a fixture
+from commands import folder, invoke_unwrapped  # noqa: F401  # a fixture
 
 
 class TestTheCommand:
     @pytest.mark.usefixtures("folder")
     def test_it_prints_and_ends_by_severity(self):
-        status, said = invoke("check", "faulty:build")
+        status, said = invoke_unwrapped("check", "faulty:build")
         assert status == 3
         assert "BN011 warning A momentum that forgets" in said
         assert "layer.momentum = 1 - layer.momentum" in said
-        assert invoke("check", "faulty:build", "--ignore", "BN011")[0] == 0
-        status, said = invoke("check", "faulty:all_three", "--level", "note", "--json")
+        assert invoke_unwrapped("check", "faulty:build", "--ignore", "BN011")[0] == 0
+        status, said = invoke_unwrapped("check", "faulty:all_three", "--level", "note", "--json")
         assert status == 3
         assert "BN023" in said
 
@@ -28,18 +28,18 @@ class TestTheCommand:
         model[1].running_var.fill_(-1)
         torch.save(model.state_dict(), "w.pt")
         arguments = ["check", "faulty:build", "--checkpoint", "w.pt", "--page", "found.html"]
-        assert invoke(*arguments)[0] == 4
+        assert invoke_unwrapped(*arguments)[0] == 4
         page = Path("found.html").read_text(encoding="utf-8")
         assert "BN008" in page
         assert "http" not in page.replace("http-equiv", "")
         mended = ["--data", "faulty:loader", "--fix", "--to", "m.pt"]
-        status, said = invoke(*arguments[:4], *mended, "--ignore", "BN011")
+        status, said = invoke_unwrapped(*arguments[:4], *mended, "--ignore", "BN011")
         assert status == 0, said
         assert "fixed: BN008" in said
         assert (torch.load("m.pt")["1.running_var"] > 0).all()
 
     def test_explain(self):
-        status, said = invoke("check", "--explain", "bn016")
+        status, said = invoke_unwrapped("check", "--explain", "bn016")
         assert status == 0
         assert "Activation checkpointing updates the running statistics twice." in said
         assert "the half-life is half of what it was meant to be" in said
@@ -60,6 +60,6 @@ class TestTheCommand:
     )
     @pytest.mark.usefixtures("folder")
     def test_what_a_user_can_mend(self, arguments, message):
-        status, said = invoke(*arguments)
+        status, said = invoke_unwrapped(*arguments)
         assert status == 2
         assert message in said

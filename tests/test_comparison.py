@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -18,9 +17,10 @@ import tiny
 from batchnorm.comparison import Comparison, report
 from batchnorm.lab.progress import Silent
 from batchnorm.lab.record import CELLS, read
-from test_training import contents
+from commands import result_of
+from processes import HERE, command, python
+from trained import contents
 
-HERE = Path(__file__).parent
 FILES = {
     "summary.json",
     "table.csv",
@@ -32,18 +32,6 @@ FILES = {
 }
 SMALL = {"batch_size": 32, "threads": 2, "progress": Silent()}
 OPTIONS = ["--data", "tiny:images", "--batch-size", "32", "--threads", "2", "--epochs", "2"]
-
-
-def command(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "batchnorm", *map(str, arguments)],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **options,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -204,18 +192,18 @@ def one_line(stderr: str) -> bool:
         (["--out", "/dev/null/here"], "Not a directory (/dev/null/here"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_status_2(tmp_path, arguments, message):
-    options = [*OPTIONS, "--out", tmp_path, *arguments]
-    result = command("compare", *options)
-    assert result.returncode == 2
+def test_what_a_user_can_mend_is_one_line_and_status_2(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(HERE)
+    result = result_of("compare", *OPTIONS, "--out", tmp_path, *arguments)
+    assert result.exit_code == 2
     assert one_line(result.stderr), result.stderr
     assert message in result.stderr.replace("\n", " ")
 
 
 @pytest.mark.parametrize("arguments", [["--schedule", "linear"], ["--epochs", "many"]])
 def test_an_option_that_does_not_parse_has_status_2(arguments):
-    result = command("compare", *arguments)
-    assert result.returncode == 2
+    result = result_of("compare", *arguments)
+    assert result.exit_code == 2
     assert arguments[0] in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -227,16 +215,16 @@ def test_a_record_of_another_version_is_said_and_not_touched(tmp_path, folder):
     for content in (line.replace('"parameters"', '"weights"'), line[: len(line) // 2], "[1]", "3"):
         path.write_text(content + "\n")
         for arguments in (["report", tmp_path], ["compare", *OPTIONS, "--out", tmp_path]):
-            result = command(*arguments)
-            assert result.returncode == 2
+            result = result_of(*arguments)
+            assert result.exit_code == 2
             assert one_line(result.stderr)
             assert "is not a record of this version" in result.stderr
         assert path.read_text() == content + "\n"
 
 
 def test_report_of_a_folder_without_a_record(tmp_path):
-    result = command("report", tmp_path)
-    assert result.returncode == 2
+    result = result_of("report", tmp_path)
+    assert result.exit_code == 2
     assert "holds no record of a comparison" in result.stderr
 
 
@@ -264,9 +252,7 @@ def test_importing_the_package_does_not_load_the_laboratory():
         "import torch, sys; before = set(sys.modules); import batchnorm;"
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    result = python(code)
     assert result.stdout.strip() == "['batchnorm']"
 
 
@@ -279,9 +265,7 @@ def test_without_the_laboratorys_libraries_what_to_install_is_said(tmp_path):
         f"sys.argv = ['batchnorm', 'report', {str(tmp_path)!r}]\n"
         "from batchnorm.cli import main; main()"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    result = python(code)
     assert (
         "batchnorm.compare needs jinja2. Install it: pip install 'batchnorm[lab]'" in result.stdout
     )

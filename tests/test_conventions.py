@@ -34,12 +34,12 @@ def ours(layer, x):
         return layer(torch.from_numpy(x).movedim(-1, 1)).movedim(1, -1)
 
 
-def near(actual, expected, count=COUNT):
+def near(actual, expected):
     actual, expected = (
         v.detach() if isinstance(v, torch.Tensor) else torch.from_numpy(np.array(v))
         for v in (actual, expected)
     )
-    assert_near(actual, expected.double(), count)
+    assert_near(actual, expected.double(), COUNT)
 
 
 def trained(norm=None):

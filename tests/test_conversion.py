@@ -232,7 +232,6 @@ def test_torchvisions_models_keep_their_numbers(name):
         torch.manual_seed(1)
         y = model.train(mode)(x)
         torch.manual_seed(1)
-        torch.manual_seed(1)
         exact = copy.deepcopy(twin).double().train(mode)(x.double())
         # no farther from float64 than torch's own, but for a factor: rounding is spread by chance
         error, other = ((z.double() - exact).abs().max() for z in (y, twin.train(mode)(x)))

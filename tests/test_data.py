@@ -19,15 +19,16 @@ import tiny
 from batchnorm import BatchNormError
 from batchnorm.lab import data
 from batchnorm.lab.data import Images, Loaders, fashion_mnist, load
-from test_finding_data import (  # two of them are fixtures
+from mirrors import (  # two of them are fixtures
     CONTENTS,
     NAMES,
     Server,
     apt,
-    cache,  # noqa: F401
+    cache_folder,  # noqa: F401
     flipped,
     is_ours,
     put,
+    script,
     small,  # noqa: F401
 )
 
@@ -35,20 +36,12 @@ ORDER = ["named", "cache", "folder", "first mirror", "second mirror", "package"]
 KEPT = {f"{name}.gz" for name in NAMES}
 
 
-class Quick(Server):
-    """A server that stops at once, and not at the end of half a second."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
-
-
 def names(folder):
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 @pytest.fixture
-def places(tmp_path, cache, monkeypatch):  # noqa: F811
+def places(tmp_path, cache, monkeypatch):
     """All six places, empty, by name."""
     folders = {
         "named": tmp_path / "named",
@@ -59,7 +52,7 @@ def places(tmp_path, cache, monkeypatch):  # noqa: F811
         "package": tmp_path / "packaged",
     }
     apt(tmp_path, folders["package"])
-    with Quick(folders["first mirror"]) as first, Quick(folders["second mirror"]) as second:
+    with Server(folders["first mirror"]) as first, Server(folders["second mirror"]) as second:
         monkeypatch.setattr(data, "MIRRORS", (first.url, second.url))
         yield folders
 
@@ -116,7 +109,7 @@ def test_load_hands_the_named_folder_on(places, asked):
     assert asked() == ["named"]
 
 
-class Breaking(Quick):
+class Breaking(Server):
     """A mirror that answers with the first part of each file, or late, or with an error."""
 
     def __init__(self, folder, how):
@@ -246,12 +239,6 @@ def test_when_all_is_corrupt_every_place_is_named_once(places):
         assert f"{NAMES[1]}.gz is corrupt: SHA-256 " in line
     assert lines[-1].startswith("Install it with `apt-get install dataset-fashion-mnist`, or put ")
     assert all(f"{name}.gz" in lines[-1] for name in NAMES)
-
-
-def script(tmp_path, name, body):
-    path = tmp_path / "bin" / name
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o755)
 
 
 def test_apt_works_in_a_folder_of_its_own_which_is_gone_afterwards(places, tmp_path):

@@ -3,17 +3,15 @@
 import copy
 import json
 import re
-import sys
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import batchnorm
-from batchnorm.cli import app
 from batchnorm.model.exporting import Agreement
+from commands import importable, invoke, invoke_unwrapped
 
 MODULE = """
 import torch
@@ -55,10 +53,7 @@ def raises():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder with the module `mine` and the checkpoint of a trained model of it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    (tmp_path / "mine.py").write_text(MODULE)
+    importable(tmp_path, monkeypatch, "mine", MODULE)
     safetensors.torch.save_file(trained().state_dict(), "weights.safetensors", {"format": "pt"})
     return tmp_path
 
@@ -72,13 +67,6 @@ def trained():
         for value in (norm.weight.data, norm.running_mean, norm.running_var):
             value.uniform_(0.5, 2)
     return model.eval()
-
-
-def invoke(*arguments):
-    """(exit status, everything that it says)."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
 
 
 SHAPE = ("--input", "2,3,8,8")
@@ -240,9 +228,9 @@ def test_what_a_user_can_mend(folder, arguments, message):
     torch.save({"epoch": 1}, "other.pt")
     torch.save(copy.deepcopy(trained()), "code.pt")
     before = {path: path.read_bytes() for path in folder.glob("*.*")}
-    status, said = invoke(*arguments)
+    status, said = invoke_unwrapped(*arguments)
     assert status == 2, said
-    assert re.search(message, " ".join(said.split())), said
+    assert re.search(message, said), said
     assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
 
 

@@ -15,9 +15,9 @@ import torch
 import typer
 
 import batchnorm
-import browsing
 import tiny
 from batchnorm import cli
+from browsing import contrast, launched, luminance  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = ("http:", "https:", "mailto:", "data:", "javascript:")
@@ -192,12 +192,6 @@ def test_what_not_to_use_it_for_runs():
     assert any(isinstance(module, torch.nn.GroupNorm) for module in model.modules())
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with browsing.launched() as found:
-        yield found
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_a_browser_shows_every_page_whole(browser, site, pages, width, scheme):
@@ -213,9 +207,9 @@ def test_a_browser_shows_every_page_whole(browser, site, pages, width, scheme):
         colours = page.evaluate(
             "['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name])"
         )
-        ink, paper = (browsing.luminance(to_hex(colour)) for colour in colours)
+        ink, paper = (luminance(to_hex(colour)) for colour in colours)
         assert (paper > ink) == (scheme == "light")
-        assert browsing.contrast(ink, paper) >= 7
+        assert contrast(ink, paper) >= 7
     context.close()
     assert said == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []

@@ -16,7 +16,7 @@ from batchnorm.views.words import Words
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTES = ["note.md", "note.zh-CN.md"]
-PAGES = [*DOCS.glob("howto/*.md"), *DOCS.glob("tutorial*.md")]
+PAGES = pages.PAGES
 WRITTEN = [*PAGES, *(DOCS / name for name in NOTES)]
 VERSIONS = (DOCS / "versions.md").read_text(encoding="utf-8")
 PUBLIC = re.findall(r"`(batchnorm(?:\.\w+){2,})`", VERSIONS)  # in modules of their own

@@ -3,7 +3,6 @@
 import ast
 import importlib.metadata
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -11,11 +10,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from typer.testing import CliRunner
 
 import batchnorm
-from batchnorm.cli import app
 from batchnorm.errors import EXTRAS
+from commands import invoke
+from processes import python
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -80,8 +79,7 @@ for module in EXTRAS["lab"]:
 
 
 def test_each_library_of_the_laboratory_is_missed_before_a_training():
-    run = [sys.executable, "-c", ONE_BY_ONE]
-    said = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
+    said = python(ONE_BY_ONE).stdout.splitlines()
     assert len(said) == len(EXTRAS["lab"])
     for module, line in zip(EXTRAS["lab"], said, strict=True):
         asked = rf"batchnorm(\.compare|: the command) needs {module}\. "
@@ -113,10 +111,10 @@ def test_onnx_s_layers_ask_for_onnx(name, without):
 )
 def test_nothing_is_written_that_cannot_be_finished(module, suffix, without, tmp_path):
     without(module)
-    fold = ["fold", "tiny:network", "--input", "2,1,28,28", "--to", str(tmp_path / f"m.{suffix}")]
-    result = CliRunner().invoke(app, fold)
-    assert result.exit_code == 2
-    assert result.output.strip().endswith(
+    to = tmp_path / f"m.{suffix}"
+    status, said = invoke("fold", "tiny:network", "--input", "2,1,28,28", "--to", to)
+    assert status == 2
+    assert said.strip().endswith(
         f"the command needs {module}. Install it: pip install 'batchnorm[export]'"
     )
     assert not list(tmp_path.iterdir())

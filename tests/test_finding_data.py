@@ -1,10 +1,6 @@
 """Fashion-MNIST from every place it may come from, and what is said when a place fails."""
 
-import functools
 import gzip
-import hashlib
-import http.server
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,103 +10,17 @@ import torch
 from batchnorm import BatchNormError
 from batchnorm.lab import data
 from batchnorm.lab.data import Images, Loaders, fashion_mnist, load
-
-NAMES = [file.name for file in data.FILES]
-
-
-def idx(array):
-    """The file format of MNIST."""
-    header = bytes([0, 0, 8, array.ndim])
-    return header + np.array(array.shape, ">u4").tobytes() + array.tobytes()
-
-
-GENERATOR = np.random.default_rng(0)
-ARRAYS = [
-    GENERATOR.integers(0, 256, (6, 28, 28), dtype=np.uint8),
-    GENERATOR.integers(0, 10, 6, dtype=np.uint8),
-    GENERATOR.integers(0, 256, (3, 28, 28), dtype=np.uint8),
-    GENERATOR.integers(0, 10, 3, dtype=np.uint8),
-]
-CONTENTS = dict(zip(NAMES, map(idx, ARRAYS), strict=True))
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path):
-    """A Fashion-MNIST of nine images, and no place that has it."""
-    files = tuple(
-        data.File(name, hashlib.sha256(content).hexdigest()) for name, content in CONTENTS.items()
-    )
-    monkeypatch.setattr(data, "FILES", files)
-    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "usr/share/datasets/fashion-mnist")
-    monkeypatch.setattr(data, "MIRRORS", ("http://127.0.0.1:9/",) * 2)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    (tmp_path / "bin").mkdir()
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
-
-
-def put(folder, level=9, **changed):
-    """The four files, compressed; `changed` gives some of them other bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in CONTENTS.items():
-        written = changed.get(name.split("-")[0] + "_" + name.split("-")[1], content)
-        (folder / f"{name}.gz").write_bytes(gzip.compress(written, level))
-    return folder
-
-
-def is_ours(images):
-    assert images.train_images.shape == (6, 1, 28, 28)
-    np.testing.assert_allclose(images.train_images[:, 0] * 255, ARRAYS[0], rtol=1e-6)
-    np.testing.assert_array_equal(images.train_labels, ARRAYS[1])
-    np.testing.assert_allclose(images.test_images[:, 0] * 255, ARRAYS[2], rtol=1e-6)
-    np.testing.assert_array_equal(images.test_labels, ARRAYS[3])
-    return True
-
-
-class Server:
-    """A folder behind HTTP on this machine, and what was asked of it."""
-
-    def __init__(self, folder):
-        self.asked = asked = []
-
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def log_request(self, code="-", size="-"):  # noqa: ARG002
-                asked.append(self.path)
-
-            def log_message(self, *arguments):
-                pass
-
-        handler = functools.partial(Handler, directory=folder)
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.thread = threading.Thread(target=self.server.serve_forever)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server.server_address[1]}/"
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exception):
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-
-def apt(tmp_path, packaged, fails=False):
-    """An apt-get and a dpkg-deb that find the package in a folder."""
-    script = "exit 1" if fails else 'case "$*" in *download*) : > data.deb;; esac'
-    said = "echo 'E: no such package' >&2;" if fails else ""
-    target = f"{data.DEBIAN_FOLDER.relative_to('/')}"
-    unpack = f'/bin/mkdir -p "$3/{target}" && /bin/cp "{packaged}"/* "$3/{target}"'
-    for name, body in (("apt-get", said + script), ("dpkg-deb", unpack)):
-        path = tmp_path / "bin" / name
-        path.write_text(f"#!/bin/sh\n{body}\n")
-        path.chmod(0o755)
+from mirrors import (  # two of them are fixtures
+    CONTENTS,
+    NAMES,
+    Server,
+    apt,
+    cache_folder,  # noqa: F401
+    flipped,
+    is_ours,
+    put,
+    small,  # noqa: F401
+)
 
 
 class TestTheOrder:
@@ -151,10 +61,6 @@ def test_files_that_are_not_compressed_are_read_too(tmp_path, cache):
     for name, content in CONTENTS.items():
         (tmp_path / name).write_bytes(content)
     assert is_ours(fashion_mnist(tmp_path, cache=cache))
-
-
-def flipped(content):
-    return content[:100] + bytes([content[100] ^ 1]) + content[101:]
 
 
 def test_a_mirror_with_a_flipped_bit_is_passed_over(tmp_path, cache, monkeypatch, caplog):

@@ -1,8 +1,6 @@
 """The files for the forge and for who cites: valid, and true of this version."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import yaml
 
 import batchnorm
 from batchnorm.checks.rules import all_rules
+from processes import run
 
 ROOT = Path(__file__).parent.parent
 FORMS = sorted(path.name for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
@@ -24,10 +23,7 @@ FILES.remove(("github-issue-forms", ".github/ISSUE_TEMPLATE/config.yml"))
 
 
 def validated(schema, path):
-    return subprocess.run(
-        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", path],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return run("-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", path)
 
 
 @pytest.mark.parametrize(("schema", "name"), FILES)

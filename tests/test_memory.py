@@ -2,10 +2,7 @@
 
 import copy
 import gc
-import os
 import pickle
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -15,6 +12,7 @@ import torch
 import batchnorm
 from batchnorm.errors import BatchNormError
 from batchnorm.kernels import native
+from processes import python
 
 SIZES = (2, 64, 256, 256)  # 32 MiB in float32
 BYTES = 32 * 2**20
@@ -146,17 +144,6 @@ def test_threads_share_it(x):
     assert right == [True] * 4
 
 
-def run(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 FORK = """
 import os, threading, torch, batchnorm
 from batchnorm.kernels import native
@@ -189,7 +176,7 @@ print("right")
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_forked_child_has_its_own():
-    found = run(FORK)
+    found = python(FORK)
     assert found.stdout.strip() == "right", found.stderr
 
 
@@ -232,7 +219,7 @@ for size in (512, 400, 300, 450, 350, 256) * 2:
 def test_with_what_is_used_it_is_never_more_than_the_most_that_was(x):
     # or every size would leave a block behind
     del x
-    found = [int(line) for line in run(SIZES_IN_TURN).stdout.split()]
+    found = [int(line) for line in python(SIZES_IN_TURN).stdout.split()]
     assert len(found) == 12
     assert max(found) <= found[0] + 2**21  # rounded up to a huge page
 
@@ -250,12 +237,12 @@ def test_the_switch(x):
 )
 def test_the_environment_sets_it(given, found):
     code = "import batchnorm; from batchnorm.kernels import native; print(native._cpu.most_kept())"
-    assert int(run(code, BATCHNORM_MEMORY=given).stdout) == found
+    assert int(python(code, BATCHNORM_MEMORY=given).stdout) == found
 
 
 def test_a_wrong_environment_is_said():
     message = "the environment variable BATCHNORM_MEMORY got '1 GB' and wants the bytes to keep"
-    assert message in run("import batchnorm", BATCHNORM_MEMORY="1 GB").stderr
+    assert message in python("import batchnorm", BATCHNORM_MEMORY="1 GB").stderr
 
 
 def test_a_limit_of_numpy_s(x):

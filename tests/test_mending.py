@@ -12,7 +12,7 @@ import rules as cases
 from batchnorm import BatchNormError
 from batchnorm.checks.checking import Examining
 from batchnorm.model.weights import Checkpoint
-from commands import folder, invoke  # noqa: F401  # a fixture
+from commands import folder, invoke_unwrapped  # noqa: F401  # a fixture
 
 
 def images(count=4):
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_not_written_of_a_model_that_lost_a_part(tmp_path):
 
 @pytest.mark.usefixtures("folder")
 def test_what_a_file_cannot_hold_is_still_found():
-    status, said = invoke("check", "faulty:build", "--fix", "--to", "m.pt")
+    status, said = invoke_unwrapped("check", "faulty:build", "--fix", "--to", "m.pt")
     assert status == 3
     assert "left: BN011 1: a checkpoint does not hold it" in said
     assert "fixed:" not in said

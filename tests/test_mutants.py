@@ -31,7 +31,7 @@ from batchnorm.views import verdict
 
 def operator(
     *, eps_scale=1.0, bessel=True, swapped=False, unbiased=False, stop_mean=False, affine=True,
-    axes=None, in_place=True,
+    in_place=True,
 ):  # fmt: skip
     """Batch norm by elementary operations; with the defaults it is right."""
 
@@ -51,7 +51,7 @@ def operator(
         assert residual is None
         assert activation is None
         assert pool is None
-        over = axes or [axis for axis in range(x.dim()) if axis != 1]
+        over = [axis for axis in range(x.dim()) if axis != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         mean, var = running_mean, running_var
         if training:

@@ -21,7 +21,7 @@ from tolerance import assert_near, assert_no_worse
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def clones(value, *, wide=False):
+def clones(value, *, wide):
     """Independent copies of tensors, in float64 if asked, and everything else as it is."""
     if not isinstance(value, torch.Tensor):
         return value

@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-import browsing
 import records
 from batchnorm.comparison import report
 from batchnorm.lab.arms import ARMS
@@ -12,7 +11,7 @@ from batchnorm.lab.record import read
 from batchnorm.lab.summary import summarize
 from batchnorm.views import page as views_page
 from batchnorm.views.words import LANGUAGES, Words
-from browsing import HOSTILE, Opened, contrast, luminance, rgb
+from browsing import HOSTILE, Opened, contrast, launched, luminance, rgb  # noqa: F401  # a fixture
 
 SHAPES = {
     "one seed": {},
@@ -25,12 +24,6 @@ SHAPES = {
     "one evaluation": {"evaluations": 1, "unfinished": ("none", "batch")},
     "every arm": {"arms": tuple(ARMS)},
 }
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with browsing.launched() as found:
-        yield found
 
 
 def save(record, folder, language="en"):

@@ -87,7 +87,7 @@ def test_the_fast_recipe_is_of_lenets_size_and_learns(monkeypatch):
 @pytest.mark.parametrize("held_out", [0, 64])
 def test_the_fast_recipe_is_tested_on_images_that_it_has_not_seen(monkeypatch, held_out):
     tested, trained = [], []
-    monkeypatch.setattr(probes, "_accuracy", lambda _model, *pair: tested.append(pair) or 0.5)
+    monkeypatch.setattr(probes, "accuracy_of", lambda _model, *pair: tested.append(pair) or 0.5)
     whole = probes.batchnorm.recalibrate
 
     def recalibrate(model, loader):

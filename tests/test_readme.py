@@ -3,8 +3,6 @@
 import ast
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torchvision
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm
+import commands
 import tiny
 from batchnorm.lab import arms
 
@@ -118,20 +117,19 @@ def test_the_family_s_page_runs():
 
 
 @pytest.mark.parametrize("name", [*READMES, GUIDE])
-def test_the_commands_options_exist(name):
+def test_the_commands_options_exist(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     shell = "\n".join(blocks(name, "sh")).replace("\\\n", " ")
     lines = [line.partition("#")[0] for line in shell.splitlines()]
     lines += re.findall(r"`(batchnorm [^`]*)`", text(name))
-    commands = [shlex.split(line) for line in lines if "batchnorm" in line]
-    assert len(commands) > 3
-    for _, *words in commands:
+    called = [shlex.split(line) for line in lines if "batchnorm" in line]
+    assert len(called) > 3
+    for _, *words in called:
         command = [word for word in words[:2] if re.fullmatch("[a-z]+", word)]
         options = [word for word in words if word.startswith("--")]
         named = command if command[0] == "study" else command[:1]
-        run = [sys.executable, "-m", "batchnorm", *named, "--help"]
-        helped = subprocess.run(
-            run, capture_output=True, text=True, check=True, env={"COLUMNS": "200"}
-        )
+        helped = commands.result_of(*named, "--help")
+        assert helped.exit_code == 0
         for option in options:
             assert option in helped.stdout
 

@@ -46,11 +46,11 @@ def layer_of(dtype=torch.float64, **options):
     return layer
 
 
-def batches(shape, count=4, spread=3.0):
+def batches(shape, count=4):
     """Whose means and deviations differ from each other, so that r and d are clipped in some."""
     values = np.random.default_rng(1)
     for _ in range(count):
-        scale, shift = values.uniform(0.2, spread), values.uniform(-spread, spread)
+        scale, shift = values.uniform(0.2, 3.0), values.uniform(-3.0, 3.0)
         yield values.normal(size=shape) * scale + shift, values.normal(size=shape)
 
 

@@ -40,10 +40,8 @@ def at_once(monkeypatch):
     monkeypatch.setattr(benching, "apart", timing.here)
 
 
-def timed(ours, theirs, floor=1e-3, compiled=()):
+def timed(ours, theirs, floor=1e-3):
     times = {"torch": theirs, "ours": ours, "floor": [floor] * len(ours)}
-    if compiled:
-        times["compiled"] = compiled
     return Row("features", "8×4", "forward", "plain", "float32", 1, "default", times)
 
 

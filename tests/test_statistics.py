@@ -19,9 +19,9 @@ DRAWS = {
 }
 
 
-def within(share, rate, trials=TRIALS, error=1e-4):
-    """Whether a counted share could be that of `rate`; a right one fails once in 1/error."""
-    low, high = stats.binom.ppf([error / 2, 1 - error / 2], trials, rate) / trials
+def within(share, rate, trials=TRIALS):
+    """Whether a counted share could be that of `rate`; a right one fails once in 10,000."""
+    low, high = stats.binom.ppf([5e-5, 1 - 5e-5], trials, rate) / trials
     return low <= share <= high
 
 

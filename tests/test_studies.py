@@ -5,13 +5,11 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import psutil
 import pytest
 
+import processes
 from batchnorm import BatchNormError, studies
 from batchnorm.lab import cells, engine, networks, results
 from batchnorm.lab import studies as library
@@ -26,13 +24,13 @@ from batchnorm.lab.effects import (
     Reach,
     Table,
 )
-from batchnorm.lab.engine import FAILURES, Quiet, Workers
+from batchnorm.lab.engine import FAILURES, Workers
 from batchnorm.lab.record import CELLS, CellConfig
 from batchnorm.lab.statistics import Rule
 from batchnorm.lab.study import SIZES, Arm, Probe, Question, Size, Study, Text
-from test_training import without_times
+from commands import result_of
+from trained import without_times
 
-HERE = Path(__file__).parent
 SMALL = {
     "data": "tiny:images", "batch_size": 32, "epochs": 2, "held_out_images": 64,
     "evaluations_per_epoch": 1, "recalibration_images": 64,
@@ -65,6 +63,19 @@ def contents(folder):
 
 def _plain(line):
     return without_times({k: v for k, v in line.items() if k != "environment"})
+
+
+class Quiet:
+    """Says nothing."""
+
+    def start(self, cells, seconds):
+        pass
+
+    def finish(self, config, seconds):
+        pass
+
+    def failed(self, config, error, attempt):
+        pass
 
 
 def run(study, folder, workers=None, board=None, size="normal"):
@@ -431,11 +442,7 @@ def test_a_result_that_is_none_is_said(tmp_path, content):
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "batchnorm", "study", *map(str, arguments)],
-        cwd=HERE, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "COLUMNS": "160"},
-    )  # fmt: skip
+    return processes.command("study", *arguments, env={**os.environ, "COLUMNS": "160"})
 
 
 def test_the_command_runs_a_study_and_prints_its_verdict(tmp_path):
@@ -464,8 +471,8 @@ def test_a_dry_run_leaves_nothing(tmp_path):
 
 
 def test_the_studies_are_listed():
-    result = command("--list")
-    assert result.returncode == 0
+    result = result_of("study", "--list")
+    assert result.exit_code == 0
     assert [line.split()[0] for line in result.stdout.splitlines()] == list(library.NAMES)
 
 
@@ -481,8 +488,8 @@ def test_the_studies_are_listed():
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_status_2(tmp_path, arguments, message):
-    result = command("gradient-growth", "--quick", "--out", tmp_path, *arguments)
-    assert result.returncode == 2
+    result = result_of("study", "gradient-growth", "--quick", "--out", tmp_path, *arguments)
+    assert result.exit_code == 2
     assert message in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.stderr
     assert not (tmp_path / CELLS).exists()

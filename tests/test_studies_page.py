@@ -2,23 +2,15 @@
 
 import csv
 import re
-import subprocess
-import sys
 
 import pytest
 
-import browsing
 import study_results
 from batchnorm import BatchNormError
 from batchnorm.views import activations, studies_page, study_charts
 from batchnorm.views.words import LANGUAGES, Words
-from browsing import HOSTILE, Opened, contrast, luminance
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with browsing.launched() as found:
-        yield found
+from browsing import HOSTILE, Opened, contrast, launched, luminance  # noqa: F401  # a fixture
+from processes import command
 
 
 def save(folder, *made, language="en"):
@@ -295,8 +287,7 @@ def test_report_makes_the_same_page_again(tmp_path):
     path = save(tmp_path)
     first = path.read_bytes()
     path.unlink()
-    command = [sys.executable, "-m", "batchnorm", "report", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = command("report", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert str(path) in done.stdout.replace("\n", "")
     assert path.read_bytes() == first

@@ -2,9 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from batchnorm.lab import networks
 from batchnorm.lab.studies import recalibration as study
 from batchnorm.views import dumbbell
 from batchnorm.views.words import Words
+from processes import command
 
 CONFIG = study.StudyConfig(epochs=2, batch_size=32, learning_rate=0.5, threads=2)
 
@@ -140,11 +138,9 @@ def test_the_picture_shows_the_means(folder, tmp_path, language):
 
 
 def test_the_command(tmp_path):
-    options = ["--data", "tiny:images", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
-    line = [sys.executable, "-m", "batchnorm", "study", "recalibration", *options]
-    result = subprocess.run(
-        line, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    )
+    options = ["--data", "tiny:images", "--epochs", 1, "--seeds", 1, "--out", tmp_path]
+    result = command("study", "recalibration", *options)
+    assert result.returncode == 0, result.stderr
     assert "seed 0: moving 0." in result.stderr
     assert re.search(r"healthy \(control\)\s+│\s+[01]\.\d{3}", result.stdout)
     assert {"record.jsonl", "dumbbell.svg", "table.csv"} <= {p.name for p in tmp_path.iterdir()}
@@ -152,9 +148,7 @@ def test_the_command(tmp_path):
         json.loads((tmp_path / study.RECORD).read_text().splitlines()[0])["config"]["epochs"] == 1
     )
     for wrong in (["--seeds", "0"], ["--data", "tiny:loaders"]):
-        failed = subprocess.run(
-            [*line, *wrong], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
+        failed = command("study", "recalibration", *options, *wrong)
         assert failed.returncode == 2
         assert "Traceback" not in failed.stderr
 

@@ -36,7 +36,7 @@ def processes(name, count=2, patience=0.1, **environment):
     )  # fmt: skip
 
 
-def assert_done(run, count=2):
+def assert_done(run, count):
     said = run.stdout + run.stderr
     assert run.returncode == 0, said
     assert all(f"rank {rank} of {count}: done" in said for rank in range(count)), said

@@ -99,10 +99,10 @@ def test_bn025_buffers_that_are_not_broadcast(broadcast):
     assert not batchnorm.check(distributed(synced, broadcast=False), select="BN025")
 
 
-def loaders(count, size=16):
+def loaders(count):
     data = TensorDataset(cases.images(count))
-    sampler = BatchSampler(SequentialSampler(data), size, drop_last=False)
-    return DataLoader(data, size), DataLoader(data, batch_sampler=sampler)
+    sampler = BatchSampler(SequentialSampler(data), 16, drop_last=False)
+    return DataLoader(data, 16), DataLoader(data, batch_sampler=sampler)
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["batch size", "batch sampler"])

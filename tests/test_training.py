@@ -1,8 +1,7 @@
-"""A cell: the same start for every arm, a record that an interruption does not change."""
+"""A cell: the same start for every arm, what is trained, measured and recorded."""
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 from types import SimpleNamespace
@@ -17,46 +16,10 @@ from batchnorm.lab import grid, networks, training
 from batchnorm.lab.batches import TensorBatches
 from batchnorm.lab.data import Images, Loaders
 from batchnorm.lab.progress import Silent
-from batchnorm.lab.record import ADDED, CELLS, CellConfig, cell_path, json_line, read, read_cell
+from batchnorm.lab.record import ADDED, CELLS, CellConfig, cell_path, read, read_cell
 from batchnorm.lab.summary import summarize
 from batchnorm.lab.training import evaluation_steps, train_cell
-
-TIMES = {"seconds", "wall_seconds", "examples_per_second", "started"}
-
-
-def run(folder, *, arms=("none", "batch"), network="lenet", data=None, progress=None, **options):
-    data = tiny.as_images() if data is None else data
-    options = {"batch_size": 32, "train_images": None, **options}
-    epochs = options.pop("epochs", 2)
-    common, build = grid.configure(network, data, epochs, 2, None, options)
-    configs = grid.plan(common, arms, [0])
-    grid.run(configs, build, data, None, folder, progress or Silent())
-    return configs
-
-
-def without_times(value):
-    """A record's content but for what a clock says."""
-    if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
-
-
-def contents(folder):
-    return {
-        path.name: [without_times(json.loads(line)) for line in path.read_text().splitlines()]
-        for path in (folder / CELLS).glob("*.jsonl")
-    }
-
-
-class Interrupts(Silent):
-    """Ctrl-C at one step of one arm."""
-
-    def __init__(self, arm: str, step: int) -> None:
-        self.arm, self.at = arm, step
-
-    def step(self, config, step, loss, accuracy, speed):  # noqa: ARG002
-        if config.arm == self.arm and step == self.at:
-            raise KeyboardInterrupt
+from trained import Interrupts, contents, run, without_times
 
 
 def test_arms_start_from_the_same_weights_and_see_the_same_order(tmp_path):
@@ -127,56 +90,6 @@ def test_training_loss_is_the_mean_over_the_epoch_so_far(tmp_path, monkeypatch):
 )
 def test_evaluation_steps(evaluations, steps):
     assert evaluation_steps(10, evaluations) == steps
-
-
-@pytest.mark.parametrize("step", [1, 5, 6, 13, 20])
-@pytest.mark.parametrize("arm", ["batch", "batch-note"])
-def test_interrupted_anywhere_it_ends_with_the_same_numbers(tmp_path, arm, step):
-    run(tmp_path / "whole", arms=[arm])
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", arms=[arm], progress=Interrupts(arm, step))
-    run(tmp_path / "cut", arms=[arm])
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
-def test_interrupted_with_dropout_loaders_momentum_and_a_schedule(tmp_path, schedule):
-    options = {
-        "arms": ["batch"],
-        "network": "tiny:network",
-        "data": Loaders(*tiny.loaders()),
-        "schedule": schedule,
-        "momentum": 0.9,
-        "weight_decay": 1e-3,
-        "learning_rate": 0.05,
-    }
-    run(tmp_path / "whole", **options)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", progress=Interrupts("batch", 17), **options)
-    run(tmp_path / "cut", **options)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-
-
-def test_a_record_longer_than_its_checkpoint_is_cut_back(tmp_path):
-    """As left by a kill between the line and the checkpoint, or in the middle of a line."""
-    run(tmp_path / "whole", arms=["batch"])
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", arms=["batch"], progress=Interrupts("batch", 7))
-    (path,) = (tmp_path / "cut" / CELLS).glob("*.jsonl")
-    extra = json_line("evaluation", read_cell(path).last)
-    with path.open("a") as file:
-        file.write(extra + extra[:40])
-    run(tmp_path / "cut", arms=["batch"])
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-
-
-def test_a_record_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path):
-    run(tmp_path / "whole", arms=["batch"])
-    (path,) = (tmp_path / "whole" / CELLS).glob("*.jsonl")
-    (tmp_path / "cut" / CELLS).mkdir(parents=True)
-    (tmp_path / "cut" / CELLS / path.name).write_text(path.read_text()[:100])
-    run(tmp_path / "cut", arms=["batch"])
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 def test_a_finished_cell_is_not_trained_again(tmp_path):
@@ -274,31 +187,6 @@ def test_what_is_borrowed_comes_back_when_a_loader_raises(tmp_path):
         torch.set_num_threads(2)
     assert torch.equal(torch.get_rng_state(), before)
     assert len(read_cell(next((tmp_path / CELLS).glob("*.jsonl"))).evaluations) == 1
-
-
-OTHER = io.BytesIO()
-torch.save({"model": {"weight": torch.ones(3)}}, OTHER)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"PK and no more", None, OTHER.getvalue()],
-    ids=["empty", "no archive", "cut", "another's"],
-)
-def test_a_corrupt_checkpoint_is_said_and_nothing_is_lost(tmp_path, content):
-    run(tmp_path / "whole", arms=["batch"])
-    cut = tmp_path / "cut"
-    with pytest.raises(KeyboardInterrupt):
-        run(cut, arms=["batch"], progress=Interrupts("batch", 13))
-    (checkpoint,) = (cut / CELLS).glob("*.pt")
-    checkpoint.write_bytes(checkpoint.read_bytes()[:2000] if content is None else content)
-    before = contents(cut)
-    with pytest.raises(BatchNormError, match=r"checkpoint .* cannot be read .* Move it away"):
-        run(cut, arms=["batch"])
-    assert contents(cut) == before
-    checkpoint.unlink()
-    run(cut, arms=["batch"])
-    assert contents(cut) == contents(tmp_path / "whole")
 
 
 def test_every_arm_is_rehearsed_before_the_first_is_trained(tmp_path):
@@ -411,18 +299,6 @@ def test_loaders_of_other_data_are_not_taken_for_one_another(tmp_path):
         run(tmp_path, arms=["batch"], data=Loaders(train, [(x + 1, y) for x, y in test]))
 
 
-def test_an_odd_network_is_trained_and_goes_on_after_an_interruption(tmp_path):
-    run(tmp_path / "whole", network="tiny:odd", arms=["none", "batch"], learning_rate=0.1)
-    with pytest.raises(KeyboardInterrupt):
-        run(
-            tmp_path / "cut", network="tiny:odd", arms=["none", "batch"], learning_rate=0.1,
-            progress=Interrupts("batch", 7),
-        )  # fmt: skip
-    run(tmp_path / "cut", network="tiny:odd", arms=["none", "batch"], learning_rate=0.1)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-    assert len(read(tmp_path / "cut").cells[1].last.layers) == 2
-
-
 def test_a_loader_with_a_random_state_of_its_own_gives_every_arm_the_same_order(tmp_path):
     train, labels, test, test_labels = tiny.images()
     loader = torch.utils.data.DataLoader(
@@ -438,18 +314,6 @@ def test_a_loader_with_a_random_state_of_its_own_gives_every_arm_the_same_order(
     run(tmp_path / "second", data=data, arms=["batch-torch"])
     (alone,) = read(tmp_path / "second").cells
     assert alone.last.test_loss == torchs.last.test_loss
-
-
-@pytest.mark.parametrize("step", [2, 5, 8, 14])
-def test_interrupted_with_noise_drawn_by_the_data_it_ends_with_the_same_numbers(tmp_path, step):
-    """The data set and the dropout draw from one random state."""
-    options = {"network": "tiny:network", "arms": ["batch"], "learning_rate": 0.1}
-    run(tmp_path / "whole", data=Loaders(*tiny.augmented()), **options)
-    interrupted = Interrupts("batch", step)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", data=Loaders(*tiny.augmented()), progress=interrupted, **options)
-    run(tmp_path / "cut", data=Loaders(*tiny.augmented()), **options)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 def test_arms_see_the_same_noise_whatever_their_evaluations_draw(tmp_path, monkeypatch):
@@ -471,19 +335,6 @@ def test_persistent_workers_go_on_where_training_is(tmp_path):
     run(tmp_path, data=Loaders(*data), arms=["batch"], epochs=1)
     (cell,) = read(tmp_path).cells
     assert cell.done is not None
-
-
-def test_a_record_that_was_cut_behind_its_checkpoint_is_said(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, arms=["batch"], progress=Interrupts("batch", 13))
-    (record,) = (tmp_path / CELLS).glob("*.jsonl")
-    whole = record.read_bytes()
-    record.write_bytes(whole[: whole.index(b"\n") + 1])
-    with pytest.raises(BatchNormError, match="shorter than its checkpoint says"):
-        run(tmp_path, arms=["batch"])
-    record.write_bytes(b"")  # not even a header: the cell begins again
-    run(tmp_path, arms=["batch"])
-    assert read(tmp_path).cells[0].done is not None
 
 
 def test_weights_that_are_not_finite_at_the_end_are_a_divergence(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ import batchnorm
 import rules as cases
 
 
-def data(count=4, size=32):
-    return [cases.images(size, seed=k) for k in range(count)]
+def data():
+    return [cases.images(32, seed=k) for k in range(4)]
 
 
 def step(optimizer, loss):

@@ -1,13 +1,12 @@
 """batchnorm watch: a script prints and ends as it does alone."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import scripts as five
+from processes import run
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,12 +28,6 @@ for step in range(60):
     print(step, loss.item())
 {end}
 """
-
-
-def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False
-    )
 
 
 ENDS = {

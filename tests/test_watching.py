@@ -3,7 +3,6 @@
 import copy
 import gc
 import os
-import subprocess
 import sys
 import threading
 import weakref
@@ -15,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import batchnorm
+import processes
 import rules as cases
 from batchnorm import BatchNormError
 from batchnorm.model.tracing import trace
@@ -22,11 +22,9 @@ from test_trainings import sgd, step
 
 
 def watch(*arguments, cwd, text=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "batchnorm", "watch", *arguments],
-        cwd=cwd, capture_output=True, text=True, check=False, timeout=120, input=text,
-        env={**os.environ, **environment},
-    )  # fmt: skip
+    return processes.command(
+        "watch", *arguments, cwd=cwd, input=text, env={**os.environ, **environment}
+    )
 
 
 FAULTY = """
@@ -93,10 +91,7 @@ class TestScripts:
             archive.writestr("__main__.py", script)
             archive.writestr("helper.py", "")
         for name, text in (("folder", None), ("archive.zip", None), ("-", script)):
-            alone = subprocess.run(
-                [sys.executable, name, "3"], cwd=tmp_path, capture_output=True, text=True,
-                check=False, input=text,
-            )  # fmt: skip
+            alone = processes.run(name, "3", cwd=tmp_path, input=text)
             watched = watch(name, "3", cwd=tmp_path, text=text)
             assert watched.stdout == alone.stdout
             assert watched.returncode == alone.returncode == 0
@@ -130,10 +125,8 @@ class TestScripts:
 
     def test_the_interpreter_s_options_are_the_script_s(self, tmp_path):
         (tmp_path / "a.py").write_text("import sys; print(sys.flags.optimize, sys.flags.utf8_mode)")
-        watched = subprocess.run(
-            [sys.executable, "-O", "-X", "utf8", "-m", "batchnorm", "watch", "a.py"],
-            cwd=tmp_path, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        options = ["-O", "-X", "utf8"]
+        watched = processes.run(*options, "-m", "batchnorm", "watch", "a.py", cwd=tmp_path)
         assert watched.stdout == "1 1\n"
 
     def test_a_compiled_script_s_names_are_the_model_s(self, tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 import batchnorm
 from batchnorm import deployment
 from batchnorm.checks import checking, scripts, watching
-from batchnorm.checks.findings import Findings, Level
+from batchnorm.checks.findings import Findings, Level, joined
 from batchnorm.checks.rules import Rule, all_rules, unknown
 from batchnorm.errors import BatchNormError
 from batchnorm.lab.plugins import resolve
@@ -163,21 +163,13 @@ def report(
             text = json.dumps(content, indent=2, ensure_ascii=False)
             Path(json_file).write_text(text, encoding="utf-8")
         if page is not None and found:
-            write_page(found[0] if len(found) == 1 else _joined(found), Path(page))
+            write_page(found[0] if len(found) == 1 else joined(found), Path(page))
     except OSError as error:
         with suppress(OSError, ValueError):
             sys.stderr.write(f"batchnorm watch: {error.strerror or error} ({error.filename})\n")
         return end or 2
     worst = max((status(each) for each in found), default=0)
     return end or (worst if guard else 0)
-
-
-def _joined(found: list[Findings]) -> Findings:
-    return Findings(
-        [each for one in found for each in one],
-        model=", ".join(one.model for one in found),
-        checked=found[0].checked,
-    )
 
 
 def write_page(found: Findings, path: Path) -> None:

@@ -10,14 +10,13 @@ from torch.nn.parameter import is_lazy
 
 from batchnorm.checks.findings import NEEDS, Finding, Findings, Level, level_of
 from batchnorm.checks.probing import SAMPLES, probe
-from batchnorm.checks.rules import Evidence, Left, Rule, chosen, failed
+from batchnorm.checks.rules import Evidence, Left, Names, Rule, chosen, failed
 from batchnorm.checks.subject import Subject, loading_of
 from batchnorm.errors import brief
 from batchnorm.model.calling import eagerly
 from batchnorm.model.discovery import refuse_no_model
 from batchnorm.model.recalibration import Forward, recalibrate
 
-Names = Sequence[str]
 ENOUGH = 10_000  # samples to recalibrate with: a loader may have no end
 
 
@@ -81,7 +80,7 @@ class Examining:
         self.least = level_of(level)
         refuse_no_model(model, "check")
         self.model, self.loader, self.forward, self.samples = model, loader, forward, samples
-        self.rules = chosen(_listed(select), _listed(ignore))
+        self.rules = chosen(select, ignore)
         optimizers = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
         self.optimizers = [each for each in optimizers if each is not None]
 
@@ -121,10 +120,6 @@ class Examining:
             list(after), model=after.model, checked=after.checked, skipped=after.skipped,
             lowered=after.lowered, fixed=mending.fixed, left=mending.left,
         )  # fmt: skip
-
-
-def _listed(names: Names | None) -> list[str] | None:
-    return [names] if isinstance(names, str) else None if names is None else list(names)
 
 
 def judge(

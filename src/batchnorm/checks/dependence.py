@@ -48,9 +48,8 @@ class _Comparing:
 
     model: nn.Module
     second: bool = False
-    found: tuple[str, Tensor | None] | None = (
-        None  # the module, and its input where it alone did it
-    )
+    # the module, and its input where it alone did it
+    found: tuple[str, Tensor | None] | None = None
     _kept: list[list[Tensor]] = field(default_factory=list)
     _at: int = 0
 

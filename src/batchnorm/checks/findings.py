@@ -167,6 +167,15 @@ class Findings(Sequence[Finding]):
         return json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
 
 
+def joined(found: Sequence[Findings]) -> Findings:
+    """Those of several models as one's; there is one at least."""
+    return Findings(
+        [each for one in found for each in one],
+        model=", ".join(one.model for one in found),
+        checked=found[0].checked,
+    )
+
+
 def _plain(value: Any) -> Any:
     """What JSON can hold: a number that is not finite as text, what it does not know as text, too."""
     if isinstance(value, dict):

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from batchnorm.checks.dependence import Origin
-from batchnorm.model.discovery import batch_norms, constant_norms, uncompiled
+from batchnorm.model.discovery import batch_norms, uncompiled
 from batchnorm.model.freezing import Frozen
 from batchnorm.model.recalibration import Moments, size_of
 from batchnorm.model.tracing import Traced, trace
@@ -117,7 +117,6 @@ class Subject:
     def __post_init__(self) -> None:
         self.model = uncompiled(self.model)
         self.layers: dict[str, Layer] = dict(batch_norms(self.model))
-        self.constants = constant_norms(self.model)
         self.names = {layer: name for name, layer in self.layers.items()}
         self._traced: Traced | None = None
 

@@ -22,15 +22,16 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from batchnorm.checks.checking import Names, _listed, judge
+from batchnorm.checks.checking import judge
 from batchnorm.checks.findings import Findings, Level, level_of
 from batchnorm.checks.naming import caller_of
 from batchnorm.checks.observed import Observed
-from batchnorm.checks.rules import chosen
+from batchnorm.checks.rules import Names, chosen
 from batchnorm.checks.subject import Subject
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.model.calling import eagerly
 from batchnorm.model.discovery import Norm
+from batchnorm.variants.variant import recomputing
 
 EVERY = 50  # steps between two looks at the layers' inputs
 MODELS = 8  # held at once: when another comes, the one that rested longest is judged and let go
@@ -55,7 +56,7 @@ class Watch:
         self._writer = writer
         self._every = every
         self._level = level_of(level)
-        self._rules = chosen(_listed(select), _listed(ignore))
+        self._rules = chosen(select, ignore)
         self._roots: list[Observed] = []
         self._done: list[_Judged] = []  # of the models that were let go
         # by id, since a module may not be hashable; an entry leaves with its module
@@ -78,10 +79,10 @@ class Watch:
             role = self._roles.get(id(module))
             if role is None:
                 role = self._meet(module)
-            if role.entry is not None and not _recomputing():
+            if role.entry is not None and not recomputing():
                 role.entry.begin(module, self._steps, self._roots)
             if role.owner is not None:
-                role.owner.see(module, args[0] if args else None, _recomputing())
+                role.owner.see(module, args[0] if args else None, recomputing())
         except Exception as error:  # noqa: BLE001  # modules are of every kind
             if id(module) not in self._roles:
                 self._play(module, None, None)
@@ -311,11 +312,6 @@ def _outermost(held: set[int]) -> list[nn.Module]:
     ]
     parts = {id(part) for m in holding for part in m.modules() if part is not m}
     return [m for m in holding if id(m) not in parts]
-
-
-def _recomputing() -> bool:
-    """In a backward pass: torch.utils.checkpoint runs the forward pass again."""
-    return torch._C._current_graph_task_id() != -1  # noqa: SLF001  # torch has no public way
 
 
 @contextmanager

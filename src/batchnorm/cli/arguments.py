@@ -15,7 +15,8 @@ DataDir = Annotated[Path | None, typer.Option(help="Where Fashion-MNIST is looke
 TrainImages = Annotated[int | None, typer.Option(help="The first N; all by default.")]
 Threads = Annotated[int | None, typer.Option(help="Of torch; part of the configuration.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
-Weights = Annotated[Path | None, typer.Option(help="Its weights: .safetensors, .pt or .pth.")]
+WEIGHTS = typer.Option(help="Its weights: .safetensors, .pt or .pth.")
+Weights = Annotated[Path | None, WEIGHTS]
 
 
 def names(text: str | None) -> list[str] | None:

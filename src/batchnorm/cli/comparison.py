@@ -17,6 +17,7 @@ Initialization = StrEnum(
     "Initialization",
     [("XAVIER", "xavier-uniform"), ("KAIMING", "kaiming-normal"), ("BUILT", "as-built")],
 )
+Shown = Annotated[Language, typer.Option(help="Of the pictures, the page and the table.")]
 
 
 @said()
@@ -65,9 +66,7 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the record; runs/compare-… by default.")
     ] = None,
-    lang: Annotated[
-        Language, typer.Option(help="Of the pictures, the page and the table.")
-    ] = Language.en,
+    lang: Shown = Language.en,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     tensorboard: Events = None,
 ) -> None:
@@ -116,9 +115,7 @@ def compare(
 @said()
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a comparison, or of studies.")],
-    lang: Annotated[
-        Language, typer.Option(help="Of the pictures, the page and the table.")
-    ] = Language.en,
+    lang: Shown = Language.en,
     tensorboard: Events = None,
 ) -> None:
     """Make the pictures, the tables and the page of a record again."""

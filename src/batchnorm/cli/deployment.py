@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from batchnorm.cli.arguments import Json, Weights
+from batchnorm.cli.arguments import WEIGHTS, Json, Weights
 from batchnorm.cli.errors import said
 
 Model = Annotated[
@@ -55,7 +55,7 @@ def fold(
 @said()
 def recalibrate(
     model: Model,
-    checkpoint: Annotated[Path, typer.Option(help="Its weights: .safetensors, .pt or .pth.")],
+    checkpoint: Annotated[Path, WEIGHTS],
     data: Annotated[
         str,
         typer.Option(

@@ -13,6 +13,7 @@ Select = Annotated[
     str | None, typer.Option(help="Rules, or beginnings of them, with commas; all by default.")
 ]
 Ignore = Annotated[str | None, typer.Option(help="Rules not to check, with commas.")]
+Page = Annotated[Path | None, typer.Option(help="Write a page (.html), too.")]
 Whole = Annotated[bool, typer.Option("--whole", help="Every layer of every rule.")]
 
 
@@ -42,7 +43,7 @@ def check(
         bool, typer.Option("--fix", help="Mend what is safe and a checkpoint holds; wants --to.")
     ] = False,
     to: Annotated[Path | None, typer.Option(help="The mended checkpoint.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write a page (.html), too.")] = None,
+    page: Page = None,
     as_json: Json = False,
     whole: Whole = False,
     explain: Annotated[
@@ -86,7 +87,7 @@ def watch(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write what was found here, too.")
     ] = None,
-    page: Annotated[Path | None, typer.Option(help="Write a page (.html), too.")] = None,
+    page: Page = None,
     guard: Annotated[
         bool,
         typer.Option(

@@ -413,9 +413,8 @@ def reduce_gradient(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor
     """Σ dy and Σ dy · (x − mean): (C,), float64."""
     x, layout = _dense(x)
     dy = _like(dy, x)
-    statistics = torch.ones(
-        (3, layout[2]), dtype=torch.float64, device="cpu"
-    )  # invstd 1: dweight is dot
+    # with an invstd of 1 dweight is dot
+    statistics = torch.ones((3, layout[2]), dtype=torch.float64, device="cpu")
     statistics[0] = mean
     dot, total = torch.empty((2, layout[2]), dtype=torch.float64, device="cpu")
     _cpu.backward(

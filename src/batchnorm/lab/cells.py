@@ -1,13 +1,14 @@
 """Run one cell, wherever: in this process, in another one, on another machine.
 
-cells/<hash>.jsonl   a training, as `record` has it
-cells/<hash>.json    a probe: its configuration, where it ran, its values and curves
+    cells/<hash>.jsonl   a training, as `record` has it
+    cells/<hash>.json    a probe: its configuration, where it ran, its values and curves
+
+A cell that has its result is not run again.
 """
 
 import dataclasses
 import json
 import math
-import os
 import tempfile
 import time
 from functools import lru_cache
@@ -17,13 +18,13 @@ from typing import Any
 import torch
 
 from batchnorm.errors import BatchNormError
-from batchnorm.lab import grid, networks, plugins
+from batchnorm.lab import files, grid, networks, plugins
 from batchnorm.lab.arms import ARMS
 from batchnorm.lab.data import Images, Loaders, load
 from batchnorm.lab.effects import Outcome
 from batchnorm.lab.environment import environment
 from batchnorm.lab.progress import Silent
-from batchnorm.lab.record import CELLS, Cell, CellConfig, cell_path, read_cell
+from batchnorm.lab.record import CELLS, Cell, CellConfig, cell_path, finite, is_finished, read_cell
 from batchnorm.lab.study import Config, Planned, Probe
 from batchnorm.lab.training import threads, train_cell
 
@@ -77,23 +78,9 @@ def path_of(config: Config, folder: Path) -> Path:
 def is_done(config: Config, folder: Path) -> bool:
     """Whether the cell has its result."""
     path = path_of(config, folder)
-    if not path.exists():
-        return False
     if isinstance(config, Probe):
-        return True  # it is written in one move
-    cell = read_cell(path)
-    return cell is not None and cell.done is not None
-
-
-def keep(content: bytes, path: Path) -> None:
-    """Write a file in one move: a kill leaves none, or all of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+        return path.exists()  # it is written in one move
+    return is_finished(path)
 
 
 @lru_cache(maxsize=1)  # a process has one data set, read once
@@ -112,15 +99,10 @@ def _probe(config: Probe, folder: Path, data_dir: Path | None) -> None:
         "config": dataclasses.asdict(config),
         "environment": environment(),
         "wall_seconds": time.perf_counter() - start,
-        "values": {k: _finite(v) for k, v in found.items() if not isinstance(v, list)},
-        "curves": {k: [_finite(x) for x in v] for k, v in found.items() if isinstance(v, list)},
+        "values": {k: finite(v) for k, v in found.items() if not isinstance(v, list)},
+        "curves": {k: [finite(x) for x in v] for k, v in found.items() if isinstance(v, list)},
     }
-    keep(json.dumps(content, allow_nan=False).encode() + b"\n", path_of(config, folder))
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if math.isfinite(value) else None
+    files.keep(json.dumps(content, allow_nan=False).encode() + b"\n", path_of(config, folder))
 
 
 def outcome(planned: Planned, folder: Path) -> Outcome | None:

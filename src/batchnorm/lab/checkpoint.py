@@ -1,6 +1,5 @@
 """The checkpoint of a cell: all that training needs to go on with the same numbers."""
 
-import os
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, brief
+from batchnorm.lab import files
 
 
 @dataclass
@@ -48,15 +48,10 @@ def save(
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "record_bytes": record_bytes,
     }
-    partial = path.with_suffix(".part")
     # through memory: torch.save into a full disk raises a RuntimeError that names no file
     buffer = BytesIO()
     torch.save(content, buffer)
-    with partial.open("wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())  # before the move: a power cut leaves a whole file, too
-    partial.replace(path)
+    files.keep(buffer.getbuffer(), path)
 
 
 def load(

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from batchnorm.errors import BatchNormError, brief, lacking
-from batchnorm.lab import cells
+from batchnorm.lab import cells, files
 from batchnorm.lab.record import CellConfig, read_cell
 from batchnorm.lab.study import Config, Probe
 
@@ -50,19 +50,6 @@ class Board(Protocol):
 
     def failed(self, config: Config, error: str, attempt: int) -> None:
         """An attempt failed; there may be others."""
-
-
-class Quiet:
-    """Says nothing."""
-
-    def start(self, cells: int, seconds: float) -> None:
-        pass
-
-    def finish(self, config: Config, seconds: float) -> None:
-        pass
-
-    def failed(self, config: Config, error: str, attempt: int) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -251,7 +238,7 @@ class _Flight:
 
     def _keep(self, config: Config, content: bytes | None) -> None:
         if content is not None:
-            cells.keep(content, cells.path_of(config, self.folder))
+            files.keep(content, cells.path_of(config, self.folder))
         self.board.finish(config, self.expected[config.hash] / self.most)
 
     def _fail(self, config: Config, error: BaseException, attempt: int) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm import kernels
-from batchnorm.lab.batches import Batch
+from batchnorm.lab.batches import EVALUATION_BATCH, Batch
 from batchnorm.lab.record import LayerStatistics
 from batchnorm.model.discovery import constant_norms
 from batchnorm.model.recalibration import Collector
@@ -28,6 +28,12 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], device: str) -> tuple[f
             correct += int((logits.argmax(1) == target).sum())
             count += len(labels)
     return (loss / count, correct / count) if count else (math.nan, math.nan)
+
+
+def accuracy_of(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+    """On the CPU, in evaluation mode."""
+    batches = zip(inputs.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+    return evaluate(model, batches, "cpu")[1]
 
 
 @contextmanager

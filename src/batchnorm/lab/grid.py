@@ -17,7 +17,7 @@ from batchnorm.lab.arms import ARMS
 from batchnorm.lab.batches import Batches, LoaderBatches, TensorBatches
 from batchnorm.lab.data import Images, Loaders, load
 from batchnorm.lab.progress import Progress
-from batchnorm.lab.record import CELLS, CellConfig, cell_path, read_cell
+from batchnorm.lab.record import CELLS, CellConfig, cell_path, is_finished, read_cell
 from batchnorm.lab.training import (
     OPTIMIZERS,
     SCHEDULES,
@@ -93,7 +93,7 @@ def run(
 ) -> None:
     """Train every cell that is not done yet, one after another: each is timed alone."""
     _refuse_another_configuration(folder, configs[0])
-    waiting = [config for config in configs if not _is_done(folder, config)]
+    waiting = [config for config in configs if not is_finished(cell_path(folder, config))]
     named = data == "fashion-mnist" and configs[0].network in networks.NETWORKS
     if not waiting and named:
         return
@@ -191,12 +191,6 @@ def _refuse_another_configuration(folder: Path, config: CellConfig) -> None:
                 f"{folder} holds a comparison of another configuration: {listed}. Nothing was "
                 "changed. Name another folder with --out, or ask for the same configuration."
             )
-
-
-def _is_done(folder: Path, config: CellConfig) -> bool:
-    path = cell_path(folder, config)
-    cell = read_cell(path) if path.exists() else None
-    return cell is not None and cell.done is not None
 
 
 def batches_of(data: Data, data_dir: str | os.PathLike[str] | None, config: CellConfig) -> Batches:

@@ -10,6 +10,7 @@ Nothing here trains and nothing here draws.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -97,9 +98,8 @@ class LayerStatistics:
     input_var: list[float | None]  # biased
     output_mean: list[float | None]
     output_var: list[float | None]  # biased
-    weight: (
-        list[float | None] | None
-    )  # None where the arm has no such parameter; length 1 in `batch-note`
+    # None where the arm has no such parameter; length 1 in `batch-note`
+    weight: list[float | None] | None
     bias: list[float | None] | None
     running_mean: list[float | None] | None = None  # None where the arm keeps no such statistics
     running_var: list[float | None] | None = None
@@ -182,12 +182,19 @@ def json_line(kind: str, content: Header | Evaluation | Done) -> str:
     return json.dumps({"kind": kind, **dataclasses.asdict(content)}, allow_nan=False) + "\n"
 
 
+def finite(value: float | None) -> float | None:
+    """The number, or None in place of those that JSON lacks."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
 def cell_path(folder: Path, config: CellConfig) -> Path:
     return folder / CELLS / f"{config.hash}.jsonl"
 
 
 def read_cell(path: Path) -> Cell | None:
-    """Read one cell; None for a file that was killed before its header was whole."""
+    """Read one cell; None where there is no file, or it was killed before its header was whole."""
+    if not path.exists():
+        return None
     header: Header | None = None
     evaluations: list[Evaluation] = []
     done: Done | None = None
@@ -202,14 +209,16 @@ def read_cell(path: Path) -> Cell | None:
                     evaluations.append(Evaluation(layers=layers, **line))
                 case "done":
                     done = Done(**line)
-    except (
-        TypeError,
-        KeyError,
-        AttributeError,
-        UnicodeDecodeError,
-    ) as error:  # other fields, or no object at all
+    except (TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        # other fields, or no object at all
         raise _not_ours(path, str(error)) from error
     return None if header is None else Cell(header, evaluations, done)
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a cell has its last line."""
+    cell = read_cell(path)
+    return cell is not None and cell.done is not None
 
 
 def _not_ours(path: Path, reason: str) -> BatchNormError:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.errors import BatchNormError
-from batchnorm.lab import cells, statistics
+from batchnorm.lab import cells, files, statistics
 from batchnorm.lab.effects import Table
 from batchnorm.lab.environment import environment
 from batchnorm.lab.study import Planned, Study, Text
@@ -100,7 +100,7 @@ def write(results: Sequence[Result], folder: Path) -> None:
     """Write these studies' results, and the verdicts of every study in the folder."""
     for result in results:
         content = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-        cells.keep(content.encode(), folder / FOLDER / f"{result['name']}.json")
+        files.keep(content.encode(), folder / FOLDER / f"{result['name']}.json")
     every = read(folder)
     verdicts = {
         result["name"]: {
@@ -114,7 +114,7 @@ def write(results: Sequence[Result], folder: Path) -> None:
         for result in every
     }
     content = json.dumps(verdicts, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    cells.keep(content.encode(), folder / "verdicts.json")
+    files.keep(content.encode(), folder / "verdicts.json")
     _write_cells(every, folder / "cells.csv")
     _write_verdicts(every, folder / "verdicts.csv")
 

@@ -72,7 +72,7 @@ class Finding:
     exploratory: bool  # too few seeds for any verdict but `inconclusive`
 
 
-def judge(questions: Sequence[tuple[Sequence[float], Rule]], *, seed: int = 0) -> list[Finding]:
+def judge(questions: Sequence[tuple[Sequence[float], Rule]]) -> list[Finding]:
     """Judge the questions of one study together: (differences per seed, rule) each.
 
     *supported*: the interval lies inside the rule and Holm's p is at most `ALPHA`; *contradicted*:
@@ -82,16 +82,16 @@ def judge(questions: Sequence[tuple[Sequence[float], Rule]], *, seed: int = 0) -
     ps = [deciding_p(values, rule) for values, rule in questions]
     adjusted = holm(ps)
     return [
-        _finding(values, rule, p, corrected, seed)
+        _finding(values, rule, p, corrected)
         for (values, rule), p, corrected in zip(questions, ps, adjusted, strict=True)
     ]
 
 
 def _finding(
-    values: Sequence[float], rule: Rule, p: float | None, adjusted: float | None, seed: int
+    values: Sequence[float], rule: Rule, p: float | None, adjusted: float | None
 ) -> Finding:
     effect = math.fsum(values) / len(values) if values else None
-    found = interval(values, seed=seed) if len(values) > 1 else None
+    found = interval(values) if len(values) > 1 else None
     verdict: Word = "inconclusive"
     if found is not None and adjusted is not None and adjusted <= ALPHA:
         if rule.holds(*found):
@@ -115,9 +115,7 @@ def deciding_p(values: Sequence[float], rule: Rule) -> float | None:
     return sign_flip(values, violated)
 
 
-def interval(
-    values: Sequence[float], level: float = LEVEL, *, seed: int = 0
-) -> tuple[float, float]:
+def interval(values: Sequence[float]) -> tuple[float, float]:
     """BCa bootstrap interval of the mean, at a level that is right for few values, too.
 
     A bootstrap of n values is too narrow: its variance lacks the factor n/(n−1), and it knows
@@ -130,15 +128,14 @@ def interval(
     if len(data) < 2:
         raise BatchNormError(f"an interval got {len(data)} values and wants 2 or more.")
     n = len(data)
-    if (
-        n == 2 or np.ptp(data) == 0
-    ):  # nothing to resample: BCa is 0/0, and the range is all there is
+    if n == 2 or np.ptp(data) == 0:
+        # nothing to resample: BCa is 0/0, and the range is all there is
         return float(data.min()), float(data.max())
-    t = stats.t.isf((1 - level) / 2, n - 1)
+    t = stats.t.isf((1 - LEVEL) / 2, n - 1)
     wide = 1 - 2 * stats.norm.sf(math.sqrt(n / (n - 1)) * t)
     found = stats.bootstrap(
         (data,), np.mean, confidence_level=wide, n_resamples=RESAMPLES, method="BCa",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     return float(found.low), float(found.high)
 
@@ -178,8 +175,8 @@ def smallest_p(seeds: int) -> float:
     return min(1.0, 2.0 ** (1 - seeds))
 
 
-def detectable(seeds: int, questions: int = 1, power: float = POWER) -> float | None:
-    """The effect, in standard deviations of the differences, that is found with this power.
+def detectable(seeds: int, questions: int = 1) -> float | None:
+    """The effect, in standard deviations of the differences, that is found with `POWER`.
 
     For normal differences and α/questions, the worst that Holm's correction does; None where the
     smallest p is above that. Up to 13 seeds the test itself is run on `DRAWS` samples: there its p
@@ -194,7 +191,7 @@ def detectable(seeds: int, questions: int = 1, power: float = POWER) -> float | 
     low, high = 0.0, 100.0
     while high - low > 1e-3:
         middle = (low + high) / 2
-        low, high = (low, middle) if found(middle) >= power else (middle, high)
+        low, high = (low, middle) if found(middle) >= POWER else (middle, high)
     return high
 
 

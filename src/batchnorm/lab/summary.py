@@ -58,7 +58,6 @@ QUANTITIES = (
     "test_accuracy",
     "recalibrated_test_loss",
     "recalibrated_test_accuracy",
-    "seconds",
 )
 
 
@@ -81,7 +80,7 @@ def _summarize_arm(arm: str, cells: list[Cell]) -> ArmSummary:
         unfinished=[cell.config.seed for cell in cells if cell.done is None],
         parameters=cells[0].header.parameters,
         examples_per_second=spread(_speed),
-        **{name: last(name) for name in QUANTITIES},
+        **{name: last(name) for name in (*QUANTITIES, "seconds")},
     )
 
 

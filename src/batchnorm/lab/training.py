@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import BatchNormError, brief
-from batchnorm.lab import arms, checkpoint, networks
+from batchnorm.lab import arms, checkpoint, files, networks
 from batchnorm.lab.batches import Batch, Batches, epoch_seed
 from batchnorm.lab.checkpoint import Counters
 from batchnorm.lab.environment import environment
@@ -37,6 +37,8 @@ from batchnorm.lab.record import (
     Evaluation,
     Header,
     cell_path,
+    finite,
+    is_finished,
     json_line,
     read_cell,
 )
@@ -85,8 +87,7 @@ def train_cell(
 ) -> None:
     """Bring a cell to its last line, from wherever its record stands."""
     record = cell_path(folder, config)
-    cell = read_cell(record) if record.exists() else None
-    if cell is not None and cell.done is not None:
+    if is_finished(record):
         return
     with _borrowed(config), _blamed(config):
         training = _prepare(config, network, batches, record, progress)
@@ -189,7 +190,7 @@ def _run(training: Training) -> None:
                     f"{epoch + 1} and its length says {per_epoch}. Make the two agree."
                 )
     done_line = Done(counters.diverged, counters.seconds, training.wall_seconds)
-    append(training.record, json_line("done", done_line))
+    files.append(training.record, json_line("done", done_line))
     training.checkpoint.unlink(missing_ok=True)
     training.progress.finish(training.config, done_line)
 
@@ -254,7 +255,7 @@ def _evaluate_and_save(training: Training) -> None:
     counters = training.counters
     counters.diverged |= not all(p.isfinite().all() for p in training.model.parameters())
     counters.last_seconds, counters.last_images = counters.seconds, 0
-    append(training.record, json_line("evaluation", evaluation))
+    files.append(training.record, json_line("evaluation", evaluation))
     checkpoint.save(
         training.checkpoint,
         training.model,
@@ -285,37 +286,25 @@ def _evaluate(training: Training) -> Evaluation:
         epoch=counters.step / batches.steps_per_epoch,
         seconds=counters.seconds,
         examples_per_second=_speed(counters),
-        train_loss=_finite(counters.epoch_loss / seen) if seen else None,
+        train_loss=finite(counters.epoch_loss / seen) if seen else None,
         train_accuracy=counters.epoch_correct / seen if seen else None,
-        test_loss=_finite(test_loss),
+        test_loss=finite(test_loss),
         test_accuracy=test_accuracy,
-        recalibrated_test_loss=_finite(loss),
+        recalibrated_test_loss=finite(loss),
         recalibrated_test_accuracy=accuracy,
         layers=layers,
-        held_out_accuracy=_finite(held_out),
-        recalibrated_held_out_accuracy=_finite(again),
+        held_out_accuracy=finite(held_out),
+        recalibrated_held_out_accuracy=finite(again),
     )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def append(path: Path, line: str) -> None:
-    """Add a line and see it on the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _resume_or_begin(training: Training) -> None:
     header = _header(training)
-    cell = read_cell(training.record) if training.record.exists() else None
+    cell = read_cell(training.record)
     if cell is None or not training.checkpoint.exists():
         training.record.parent.mkdir(parents=True, exist_ok=True)
         training.record.write_text("", encoding="utf-8")  # what a killed start may have left
-        append(training.record, json_line("header", header))
+        files.append(training.record, json_line("header", header))
         _evaluate_and_save(training)
         return
     _refuse_another_origin(cell.header, header)
@@ -335,8 +324,7 @@ def refuse_another_origin(
 ) -> None:
     """A cell that was begun, or is finished, began with this network and these data, or else…"""
     record = cell_path(folder, config)
-    cell = read_cell(record) if record.exists() else None
-    if cell is not None:
+    if (cell := read_cell(record)) is not None:
         with _borrowed(config), _blamed(config):
             now = _header(_prepare(config, network, batches, record, Silent()))
         _refuse_another_origin(cell.header, now)

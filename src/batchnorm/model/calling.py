@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 Restore = Callable[[], object]
 FOLLOWED = 10_000  # the longest container of a loader's: a data set may be a list of a million
@@ -24,6 +25,11 @@ def feed(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """The tensors among a model's outputs."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def convert(
     if to != "ours":  # now that nothing can be refused any more
         fusion.unfuse(model)
     _name(wanted, made, process_group)
-    model = _replace(model, made)
+    model = exchange(model, made)
     agree(model)
     taken = fusion.fuse(model) if fuse else {}
     entries = []
@@ -219,10 +219,11 @@ def replace(model: nn.Module, make: Callable[[Any], nn.Module]) -> nn.Module:
     `make` is called once a layer: one that is shared under several names stays shared. A model
     that is itself a batch-norm layer comes back as `make(model)`.
     """
-    return _replace(model, {layer: make(layer) for layer in batch_norms(model).values()})
+    return exchange(model, {layer: make(layer) for layer in batch_norms(model).values()})
 
 
-def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def exchange(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put what was made of a module wherever the module is, in place; return the model."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children drops duplicates  # noqa: SLF001
             if child is not None and made.get(child, child) is not child:
@@ -332,9 +333,14 @@ def _recast(layer: _BatchNorm, classes: dict[Any, Any]) -> _BatchNorm:
         layer = plain(layer)
     if type(layer) in classes:
         layer.__class__ = classes[type(layer)]
-    elif type(layer) not in {*OURS, *OURS.values()}:
-        raise _Left(f"a {type(layer).__name__}, which may do more than batch norm")
+    else:
+        _leave_what_is_unknown(layer)
     return layer
+
+
+def _leave_what_is_unknown(layer: _BatchNorm) -> None:
+    if type(layer) not in {*OURS, *OURS.values()}:
+        raise _Left(f"a {type(layer).__name__}, which may do more than batch norm")
 
 
 class _Timms(Mixin, layers.Forward):
@@ -394,8 +400,7 @@ def _to_frozen(layer: Norm) -> nn.Module:
 def _to_sync(layer: _BatchNorm) -> nn.Module:
     if isinstance(layer, SyncBatchNorm):
         return layer
-    if type(layer) not in {*OURS, *OURS.values()}:
-        raise _Left(f"a {type(layer).__name__}, which may do more than batch norm")
+    _leave_what_is_unknown(layer)
     if type(layer) is nn.SyncBatchNorm:
         layer = _recast(layer, OURS)  # its class asks every call for a GPU
     return synchronised(layer, "", None)

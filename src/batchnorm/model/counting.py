@@ -16,7 +16,7 @@ from batchnorm.model.freezing import moves_while_frozen
 from batchnorm.model.recalibration import Moments
 from batchnorm.variants.ghost import GhostBatchNorm
 from batchnorm.variants.sync import SyncBatchNorm
-from batchnorm.variants.variant import Variant
+from batchnorm.variants.variant import Variant, recomputing
 
 
 @contextmanager
@@ -124,8 +124,7 @@ class _Gathered:
         for name, buffer in own.items():
             setattr(layer, name, buffer)
         count = _together(layer, count)
-        recomputed = torch._C._current_graph_task_id() != -1  # noqa: SLF001  # torch has no public way
-        if recomputed or not wrote or count < 2:
+        if recomputing() or not wrote or count < 2:
             return
         self.moments.merge(mean, var_unbiased.double() * ((count - 1) / count), count)
 

@@ -8,14 +8,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from batchnorm.errors import BatchNormError, brief, needed
-from batchnorm.model.calling import feed
+from batchnorm.model.calling import feed, tensors
 
 
 @dataclass(frozen=True)
@@ -103,11 +101,6 @@ def agreement(model: nn.Module, inputs: tuple[Tensor, ...], exported: list[Tenso
         return max([0.0, *map(float, gaps)])
 
     return Agreement(largest(exported), largest(own), largest([torch.zeros_like(y) for y in exact]))
-
-
-def tensors(outputs: Any) -> list[Tensor]:
-    """The tensors among a model's outputs."""
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

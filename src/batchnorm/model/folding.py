@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 from batchnorm.errors import BatchNormError, brief
 from batchnorm.model import account
 from batchnorm.model.account import Change
-from batchnorm.model.calling import eagerly, feed
+from batchnorm.model.calling import eagerly, feed, tensors
+from batchnorm.model.conversion import exchange
 from batchnorm.model.discovery import (
     activation_of,
     batch_norms,
@@ -225,10 +226,7 @@ class _Folding:
     def _replace(self, norm: nn.Module, replacement: nn.Module) -> None:
         self._rewire(norm, replacement)
         replacement.train(norm.training)
-        for parent in list(self.model.modules()):
-            for name, child in list(parent._modules.items()):  # noqa: SLF001  # named_children drops duplicates
-                if child is norm:
-                    setattr(parent, name, replacement)
+        exchange(self.model, {norm: replacement})
 
     def _rewire(self, norm: nn.Module, replacement: nn.Module) -> None:
         """Keep the traced calls true: other norms are still to be folded."""
@@ -447,8 +445,7 @@ def _ranks(model: nn.Module, inputs: Any) -> dict[nn.Module, _Seen] | None:
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     """The tensors among the outputs."""
     with torch.no_grad(), eagerly():
-        outputs = feed(model, inputs)
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        return tensors(feed(model, inputs))
 
 
 def _proof(model: nn.Module, folded: nn.Module, inputs: Any) -> dict[str, Any]:

@@ -150,10 +150,9 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
     """
     refuse_no_model(model, "summary")
     traced = trace(model)
-    calls = {module: traced.calls[module] for module in list(traced.calls)}
     rows: dict[nn.Module, Row] = {}
     for name, layer in {**batch_norms(model), **constant_norms(model)}.items():
-        found = calls.get(layer, [])
+        found = traced.calls.get(layer, [])
         rows[layer] = Row(
             layer=name,
             kind=type(layer).__name__,

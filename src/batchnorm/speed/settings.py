@@ -1,9 +1,11 @@
-"""A process for each of an allocator's settings, which hold for a process:
+"""A process for each of an allocator's settings.
 
-reused        glibc keeps what was freed
-default       glibc gives a tensor over 32 MB back to the system at once, and asks for it again,
-but for this library's own, which reuse memory
-huge-pages    THP_MEM_ALLOC_ENABLE=1, torch's own switch
+    reused        glibc keeps what was freed
+    default       glibc gives a tensor over 32 MB back to the system at once, and asks for it again,
+                  but for this library's own, which reuse memory
+    huge-pages    THP_MEM_ALLOC_ENABLE=1, torch's own switch
+
+They are read when a process starts, and hold for it.
 """
 
 import json

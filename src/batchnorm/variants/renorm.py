@@ -112,8 +112,8 @@ class RenormBatchNorm(Variant):
         if self.updates:
             refuse_recomputation(self)
         with torch.no_grad():
-            mean, var = kernels.moments(x) if keep is None else _masked_moments(x, keep)
-            r, d = self._correction(mean, var)
+            mean, var_biased = kernels.moments(x) if keep is None else _masked_moments(x, keep)
+            r, d = self._correction(mean, var_biased)
         weight = r if self.weight is None else r * self.weight
         bias = d if self.weight is None else d * self.weight
         bias = bias if self.bias is None else bias + self.bias
@@ -123,28 +123,28 @@ class RenormBatchNorm(Variant):
         if self.updates:
             known = None if keep is None else masks.count(keep) > 1
             with nullcontext() if known is None else self.moving_where(known):
-                self._move(mean, var)
+                self._move(mean, var_biased)
         return y
 
-    def _correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _correction(self, mean: Tensor, var_biased: Tensor) -> tuple[Tensor, Tensor]:
         """r and d: (C,), of the dtype of the running statistics, float32 at least."""
         running_mean, running_var = (running.to(mean) for running in self.running())
         sigma = (running_var + self.eps).sqrt()
         r_limit, d_limit = (limit.to(mean) for limit in self.limits())
-        r = ((var + self.eps).sqrt() / sigma).clamp(1 / r_limit, r_limit)
+        r = ((var_biased + self.eps).sqrt() / sigma).clamp(1 / r_limit, r_limit)
         d = ((mean - running_mean) / sigma).clamp(-d_limit, d_limit)
         return r, d
 
     @torch.no_grad()
-    def _move(self, mean: Tensor, var: Tensor) -> None:
+    def _move(self, mean: Tensor, var_biased: Tensor) -> None:
         running_mean, running_var = self.running()
-        old_var = running_var.to(var)
+        old_var = running_var.to(var_biased)
         sigma = (old_var + self.eps).sqrt()
         share = self.share()
         share = share.to(mean) if isinstance(share, Tensor) else share
         # step = share · (σ_B − σ), and σ² − eps = running var + step · (2 σ + step), both without
         # the difference of two near numbers
-        step = share * (var - old_var) / ((var + self.eps).sqrt() + sigma)
+        step = share * (var_biased - old_var) / ((var_biased + self.eps).sqrt() + sigma)
         running_mean.copy_(running_mean.to(mean).lerp(mean, share))
         running_var.copy_(old_var + step * (2 * sigma + step))
 

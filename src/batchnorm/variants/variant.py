@@ -193,11 +193,16 @@ def check_rank(layer: nn.Module, x: Tensor, ranks: tuple[int, ...]) -> None:
 SET_ASIDE: set[nn.Module] = set()  # the layers whose statistics are a copy at the moment
 
 
+def recomputing() -> bool:
+    """In a backward pass: torch.utils.checkpoint runs the forward pass again."""
+    return torch._C._current_graph_task_id() != -1  # noqa: SLF001  # torch has no public way
+
+
 def refuse_recomputation(layer: nn.Module) -> None:
     """A layer that normalizes with statistics which move cannot be called again behind its own back."""
     if torch.compiler.is_compiling() or layer in SET_ASIDE:
         return
-    if torch._C._current_graph_task_id() != -1:  # noqa: SLF001  # torch has no public way
+    if recomputing():
         raise BatchNormError(
             f"{type(layer).__name__} is called again within the backward pass, as a checkpoint does, "
             "and its running statistics, which it normalizes with, have moved: the gradients would be "

@@ -11,20 +11,12 @@ import altair as alt
 import numpy as np
 
 from batchnorm.lab.record import Evaluation, Record
-from batchnorm.lab.summary import Point
+from batchnorm.lab.summary import QUANTITIES, Point
 from batchnorm.views.lines import STYLES, Line, Style, accuracy_lines, quantity_lines
 from batchnorm.views.words import Words
 
 Spec = dict[str, Any]
 
-QUANTITIES = (
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "recalibrated_test_loss",
-    "recalibrated_test_accuracy",
-)
 STATISTICS = ("input_mean", "input_var", "output_mean", "output_var", "weight", "bias")
 AXES = ("epoch", "seconds")
 LAYERS = 8  # at most: a deep network has more than a page can show

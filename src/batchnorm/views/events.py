@@ -1,7 +1,9 @@
 """TensorBoard's event files, made from the record as every other view is: a run a cell.
 
-DIR/<arm>/seed-<n>                    of a comparison
-DIR/<study>/<arm>/<place>/seed-<n>    of a study; without a grid there is no place
+    DIR/<arm>/seed-<n>                    of a comparison
+    DIR/<study>/<arm>/<place>/seed-<n>    of a study
+
+Where a study has no grid there is no place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +14,8 @@ from typing import NamedTuple
 from batchnorm.errors import BatchNormError, lacking
 from batchnorm.lab.record import Cell, Record
 from batchnorm.lab.results import Result
+from batchnorm.lab.summary import QUANTITIES
 from batchnorm.views import study_charts
-from batchnorm.views.charts import QUANTITIES
 from batchnorm.views.words import Words
 
 WRITTEN = "events.out.tfevents.*"

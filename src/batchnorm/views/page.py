@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from batchnorm.lab.networks import NETWORKS
 from batchnorm.lab.record import CellConfig, Record
-from batchnorm.lab.summary import ArmSummary, summarize
+from batchnorm.lab.summary import QUANTITIES, ArmSummary, summarize
 from batchnorm.views import charts, verdict
 from batchnorm.views.lines import STYLES, accuracy_lines, arm_name
 from batchnorm.views.words import Words, name
@@ -49,11 +49,11 @@ def render(record: Record, words: Words) -> str:
         lines=accuracy_lines(record, words),
         curves=curves,
         layers=layers,
-        quantities=charts.QUANTITIES,
+        quantities=QUANTITIES,
         statistics=charts.STATISTICS,
         axes=charts.AXES,
         evaluations=charts.table(record),
-        environments=_environments(record),
+        environments=places(cell.header.environment for cell in record.cells),
         commands=list(commands(record)),
         as_command=is_named(header.config),
         specs=specs,
@@ -114,14 +114,14 @@ def _row(arm: ArmSummary, words: Words) -> dict[str, str]:
     return row
 
 
-def _environments(record: Record) -> list[dict[str, Any]]:
-    """Where the cells ran; usually one place."""
-    places: list[dict[str, Any]] = []
-    for cell in record.cells:
-        place = {k: v for k, v in cell.header.environment.items() if k != "started"}
-        if place not in places:
-            places.append(place)
-    return places
+def places(environments: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Where it ran, whenever that was; usually one place."""
+    found: list[dict[str, Any]] = []
+    for environment in environments:
+        place = {k: v for k, v in environment.items() if k != "started"}
+        if place not in found:
+            found.append(place)
+    return found
 
 
 def is_named(config: CellConfig) -> bool:

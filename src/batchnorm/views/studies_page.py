@@ -15,7 +15,7 @@ from batchnorm.lab.summary import Spread
 from batchnorm.views import activations, grids, study_charts, verdict
 from batchnorm.views.charts import Spec
 from batchnorm.views.lines import STYLES
-from batchnorm.views.page import fill, libraries
+from batchnorm.views.page import fill, libraries, places
 from batchnorm.views.words import Words
 
 PAGE = "studies.html"
@@ -50,7 +50,7 @@ def render(found: Sequence[Result], words: Words) -> str:
         verdicts=VERDICTS,
         total=counts.total(),
         exploratory=sum(question["exploratory"] for question in questions),
-        environments=_environments(found),
+        environments=places(result["environment"] for result in found),
         specs=specs,
         libraries=libraries(),
     )
@@ -191,13 +191,3 @@ def _summary(result: Result, called: dict[str, str], words: Words) -> list[dict[
 def _command(result: Result) -> str:
     size = "" if result["size"] == "normal" else f" --{result['size']}"
     return f"batchnorm study {shlex.quote(result['name'])}{size} --seeds {len(result['seeds'])}"
-
-
-def _environments(found: Sequence[Result]) -> list[dict[str, Any]]:
-    """Where the studies were judged; usually one place."""
-    places: list[dict[str, Any]] = []
-    for result in found:
-        where = {k: v for k, v in result["environment"].items() if k != "started"}
-        if where not in places:
-            places.append(where)
-    return places

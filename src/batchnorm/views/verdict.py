@@ -19,9 +19,8 @@ def verdict(record: Record, words: Words) -> list[str]:
     if none and norm and norm.recalibrated_test_accuracy.values:
         network = name(record.cells[0].config.network)
         running, again = _accuracies(norm)
-        sentences.append(
-            words("both", network=network, running=running, again=again, none=_of(none))
-        )
+        without = number(none.test_accuracy)
+        sentences.append(words("both", network=network, running=running, again=again, none=without))
         if not none.diverged and not norm.diverged:
             sentences += _gain(record, none, norm, words)
             sentences += _sooner(record, none, norm, words)
@@ -34,10 +33,6 @@ def verdict(record: Record, words: Words) -> list[str]:
 def with_norm(record: Record, arms: dict[str, ArmSummary]) -> ArmSummary | None:
     """The arm that stands for batch normalization."""
     return next((arms[arm] for arm in record.arms if arm.startswith("batch")), None)
-
-
-def _of(summary: ArmSummary) -> str:
-    return number(summary.test_accuracy)
 
 
 def _accuracies(summary: ArmSummary) -> tuple[str, str]:

@@ -51,7 +51,6 @@ PHRASES: dict[str, tuple[str, str]] = {
         "{cell}: diverged; training stopped there",
         "{cell}：损失发散，训练到此为止",
     ),
-    "unfinished": ("unfinished", "未完成"),
     # the table on the terminal
     "at the end": ("At the last evaluation", "最后一次评估"),
     "loss": ("loss", "损失"),
@@ -447,7 +446,6 @@ PHRASES: dict[str, tuple[str, str]] = {
     "mean of": ("{name}, mean over the seeds", "{name}，各种子的均值"),
     "every cell": ("Every cell", "每个单元"),
     "where heading": ("Where it was run", "在哪里运行"),
-    "configuration": ("configuration", "配置"),
     "value": ("value", "值"),
     "default": ("all", "全部"),
 }

@@ -6,7 +6,7 @@ point in the group `batchnorm.rules` that names a module; importing it registers
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -18,6 +18,7 @@ from batchnorm.checks.findings import Level
 from batchnorm.checks.subject import Subject
 from batchnorm.errors import BatchNormError, brief
 
+Names = Sequence[str]  # of rules, or one of them as it is
 GROUP = "batchnorm.rules"
 MODULES = ("state", "statistics", "batches", "trainings", "surroundings")
 
@@ -114,18 +115,23 @@ def all_rules() -> dict[str, Rule]:
     return dict(sorted(_RULES.items()))
 
 
-def chosen(select: list[str] | None, ignore: list[str] | None) -> list[Rule]:
+def chosen(select: Names | None, ignore: Names | None) -> list[Rule]:
     """Those whose identifiers begin with one of `select`, and with none of `ignore`."""
     rules = all_rules()
-    select, ignore = ([name.upper() for name in names or []] for names in (select, ignore))
-    for prefix in (*select, *ignore):
+    wanted, unwanted = _prefixes(select), _prefixes(ignore)
+    for prefix in (*wanted, *unwanted):
         if not any(name.startswith(prefix) for name in rules):
             raise unknown(prefix)
     return [
         each
         for name, each in rules.items()
-        if (not select or name.startswith(tuple(select))) and not name.startswith(tuple(ignore))
+        if (not wanted or name.startswith(wanted)) and not name.startswith(unwanted)
     ]
+
+
+def _prefixes(names: Names | None) -> tuple[str, ...]:
+    listed = [names] if isinstance(names, str) else names or ()
+    return tuple(name.upper() for name in listed)
 
 
 def unknown(identifier: str) -> BatchNormError:

@@ -12,7 +12,7 @@ from batchnorm.checks.findings import Level
 from batchnorm.checks.rules import Evidence, Left, rule
 from batchnorm.checks.subject import Layer, Subject, Training
 from batchnorm.model.discovery import SYNCHRONISED
-from batchnorm.model.freezing import Frozen
+from batchnorm.model.freezing import Frozen, freeze_layer
 
 HALF = {torch.float16, torch.bfloat16}
 
@@ -306,8 +306,6 @@ def _evaluated(seen: Training) -> int:
 
 
 def _freeze(subject: Subject, name: str) -> str:
-    from batchnorm.model.freezing import freeze_layer  # noqa: PLC0415
-
     freeze_layer(subject.layers[name], use=True, update=False, parameters=True)
     return f"{name}: frozen, so that its statistics stay, too"
 

@@ -20,7 +20,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.lab import fitting, networks
 from batchnorm.lab.batches import EVALUATION_BATCH, TensorBatches
 from batchnorm.lab.data import Images
-from batchnorm.lab.evaluation import evaluate, evaluating
+from batchnorm.lab.evaluation import accuracy_of, evaluate, evaluating
 from batchnorm.lab.note import NoteBatchNorm
 
 Numbers = dict[str, Any]
@@ -203,7 +203,7 @@ def fast(
         tested = images.train_images[count:], images.train_labels[count:]
     else:
         tested = images.test_images, images.test_labels
-    accuracy = _accuracy(model, *tested)
+    accuracy = accuracy_of(model, *tested)
     seconds = time.perf_counter() - start
     return {
         "accuracy": accuracy, "seconds": seconds, "parameters": _parameters(model),
@@ -242,12 +242,7 @@ def defects(
 
 
 def _test_accuracy(model: nn.Module, images: Images) -> float:
-    return _accuracy(model, images.test_images[:TESTED], images.test_labels[:TESTED])
-
-
-def _accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    pairs = zip(inputs.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
-    return evaluate(model, pairs, "cpu")[1]
+    return accuracy_of(model, images.test_images[:TESTED], images.test_labels[:TESTED])
 
 
 def _accuracy_by_class(model: nn.Module, images: Images) -> float:

@@ -11,7 +11,6 @@ to them, without labels.
 import copy
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchnorm.errors import BatchNormError
-from batchnorm.lab import fitting
+from batchnorm.lab import files, fitting
 from batchnorm.lab.batches import EVALUATION_BATCH, TensorBatches
 from batchnorm.lab.data import Images
 from batchnorm.lab.environment import environment
-from batchnorm.lab.evaluation import evaluate
+from batchnorm.lab.evaluation import accuracy_of
 from batchnorm.lab.training import threads
 from batchnorm.model.recalibration import recalibrate
 
@@ -162,13 +161,14 @@ def run(
     rescues = [] if before is None else before.rescues
     where = environment() if before is None else before.environment
     header = {"config": dataclasses.asdict(config), "environment": where}
-    _replace(record, [header, *map(dataclasses.asdict, rescues)])  # without a seed that was cut
+    kept = [header, *map(dataclasses.asdict, rescues)]  # without a seed that was cut
+    files.keep(_text(kept).encode(), record)
     done = {rescue.seed for rescue in rescues}
     with threads(config.threads), torch.random.fork_rng([]):
         for seed in seeds:
             if seed not in done:
                 found = list(_measure(config, seed, images))
-                _append(record, map(dataclasses.asdict, found))
+                files.append(record, _text(map(dataclasses.asdict, found)))
                 told(seed, found)
 
 
@@ -195,19 +195,8 @@ def read(folder: Path) -> Study:
     return dataclasses.replace(study, rescues=[r for r in rescues if r.seed in complete])
 
 
-def _replace(record: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """In one move: a kill leaves the old record or the new one."""
-    partial = record.with_suffix(".part")
-    partial.unlink(missing_ok=True)
-    _append(partial, lines)
-    partial.replace(record)
-
-
-def _append(record: Path, lines: Iterable[dict[str, Any]]) -> None:
-    with record.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())
+def _text(lines: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _measure(config: StudyConfig, seed: int, images: Images) -> Iterator[Rescue]:
@@ -216,14 +205,9 @@ def _measure(config: StudyConfig, seed: int, images: Images) -> Iterator[Rescue]
         model = condition.network(trained)
         train = condition.images(images.train_images[: config.recalibration_images])
         test = condition.images(images.test_images)
-        before = _accuracy(model, test, images.test_labels)
+        before = accuracy_of(model, test, images.test_labels)
         recalibrate(model, train[: condition.count].split(EVALUATION_BATCH))
-        yield Rescue(seed, condition.name, before, _accuracy(model, test, images.test_labels))
-
-
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    batches = zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
-    return evaluate(model, batches, "cpu")[1]
+        yield Rescue(seed, condition.name, before, accuracy_of(model, test, images.test_labels))
 
 
 def _train(config: StudyConfig, seed: int, images: Images) -> Trained:
