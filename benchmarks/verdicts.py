@@ -39,9 +39,10 @@ def verdict(name: str, found: dict[str, Any], words: Words) -> str:
     """A row a question: the claim, the verdict, effect, interval, p, the arms' rates; then the command."""
     header = [words(key) for key in ("question", "verdict", "effect", "interval", "p")]
     tried = studies.find(name).sizes[found["size"]].grid.get(RATE, ())
+    seeds = max(question["seeds"] for question in found["questions"])
     rows = [
         [
-            question["claim"][words.language].replace("|", "\\|"),
+            question["claim"][words.language].replace("|", "\\|") + fewer(question, seeds, words),
             *grids.numbers(question, words),
             *([rates(question["points"], tried)] if tried else []),
         ]
@@ -49,10 +50,15 @@ def verdict(name: str, found: dict[str, Any], words: Words) -> str:
     ]
     if tried:
         header.append(RATES[words.language])
-    seeds = max(question["seeds"] for question in found["questions"])
     option = "" if found["size"] == "normal" else f" --{found['size']}"
     counted = COUNTED[words.language].format(name=name, option=option, seeds=seeds)
     return f"{markdown.table(header, rows, words=2)}\n\n{counted}"
+
+
+def fewer(question: dict[str, Any], seeds: int, words: Words) -> str:
+    """How many seeds have an answer, where that is not all of them."""
+    answered = question["seeds"]
+    return f" ({words('so many seeds', count=answered)})" if answered < seeds else ""
 
 
 def rates(points: dict[str, dict[str, float]], tried: Sequence[float]) -> str:

@@ -144,6 +144,10 @@ def test_a_rate_at_the_end_of_what_was_tried_is_marked():
     shown = verdicts.verdict("learning-rate", found, Words("en")).splitlines()
     assert shown[0].endswith("| p (Holm) | learning rates |")
     assert shown[2].endswith("| 0.02 | `batch` 30, `none` 0.3 |")
+    few = found["questions"][0] | {"seeds": 7}
+    both = found | {"questions": [*found["questions"], few]}
+    shown = verdicts.verdict("learning-rate", both, Words("en")).splitlines()
+    assert [" (seeds: 7) |" in line for line in shown[2:4]] == [False, True]
     tried = studies.find("learning-rate").sizes["normal"].grid["learning_rate"]
     assert (min(tried), max(tried)) == (0.01, 30.0)
     shown = verdicts.verdict("learning-rate", found | {"size": "normal"}, Words("en"))

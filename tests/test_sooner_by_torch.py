@@ -17,8 +17,8 @@ def parts(shape, mean=0.0, **options):
     return x, torch.zeros(channels), torch.ones(channels), weight, bias
 
 
-def asked(x, running_mean, _, weight, bias):
-    return native.sooner_by_torch(x, running_mean, weight, bias)
+def asked(*of_a_layer):
+    return native.sooner_by_torch(*of_a_layer)
 
 
 @pytest.mark.parametrize("shape", [(8, 4), (4, 8, 2, 2), (2, 3, 5), (64, 128), (2, 3, 2, 3, 2)])
@@ -57,6 +57,27 @@ def test_extremes_are_ours(value):
     with torch.no_grad():
         x[3, 2] = value
     assert not asked(x, *others)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((2048, 4), 5e17), ((64, 4), 3e18), ((8, 4), 1e19)])
+def test_squares_that_torch_cannot_add_up_are_ours(shape, size):
+    x, mean, var, weight, bias = parts(shape, dtype=torch.float32)
+    x = (x.detach() * size).requires_grad_()
+    assert not asked(x, mean, var, weight, bias)
+    y = batchnorm.batch_norm(x, mean, var, None, None, True)
+    assert var.isfinite().all()
+    assert y.std(0, correction=0).sub(1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("rows", [8, 2048, 2049])
+def test_what_torch_refuses_is_taken_at_every_size(rows):
+    x = torch.randn(rows, 4, requires_grad=True)
+    mean, weight = torch.zeros(4), torch.rand(4, 1)
+    y = batchnorm.batch_norm(x, mean, None, None, None, True)
+    assert torch.allclose(mean, 0.1 * x.detach().mean(0), atol=1e-6)
+    assert torch.allclose(
+        batchnorm.batch_norm(x, None, None, weight, None, True), y * weight[:, 0], atol=1e-6
+    )
 
 
 def test_constant_channels_are_ours_unless_they_are_zero():

@@ -209,7 +209,14 @@ def test_who_asked_for_less_motion_moves_the_slider_alone(browser, tmp_path):
         assert page.locator('input[name="moment"]').is_visible()
 
 
-def test_curves_open_where_the_first_question_looks():
+def test_every_column_of_the_grid_has_its_name():
+    _, spec = study_charts.heat(study_results.trainings(), Words())
+    axis = spec["layer"][0]["encoding"]["x"]["axis"]
+    assert not axis["labelOverlap"]
+    assert '"arm batch": ["arm batch"]' in axis["labelExpr"]
+
+
+def test_curves_open_where_most_questions_look():
     result = study_results.trainings()
     assert study_charts.opening(result, Words()) == "learning rate 1.0"
     assert study_charts.opening(study_results.probes(), Words()) == ""

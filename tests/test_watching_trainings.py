@@ -85,7 +85,25 @@ class TestWatching:
             graph = torch.fx.experimental.proxy_tensor.make_fx(model)(cases.images())
         assert "detach" not in graph.code
 
-    def test_many_models_are_judged_as_they_go(self):
+    def test_many_models_are_judged_to_their_end(self):
+        models = [cases.network().train() for _ in range(12)]
+        for k, model in enumerate(models):
+            model.register_module(f"unlike{k}", nn.Identity())
+        with batchnorm.watch() as watching:
+            for model in models:
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+                for _ in range(2):
+                    model(cases.images()).sum().backward()
+                    optimizer.step()
+            for model in models:  # too late for one that was judged already
+                model[1].momentum = 0.99
+                model(cases.images())
+            assert len(watching.models) == len(models)
+        (found,) = watching.findings()
+        assert "and 11 like it" in found.model
+
+    def test_more_models_are_judged_as_they_go(self, monkeypatch):
+        monkeypatch.setattr(watching_module, "MODELS", 8)
         held = []
         with batchnorm.watch() as watching:
             for k in range(20):
@@ -97,6 +115,7 @@ class TestWatching:
             assert len(watching.models) == watching_module.MODELS
         (found,) = watching.findings()  # alike: told of once
         assert [f.rule for f in found][:1] == ["BN011"]
+        assert "watched until step 0: more than 8 models" in found.model
 
     def test_a_module_that_is_gone_is_forgotten(self):
         with batchnorm.watch() as watching:

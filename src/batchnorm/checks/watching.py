@@ -34,7 +34,7 @@ from batchnorm.model.discovery import Norm
 from batchnorm.variants.variant import recomputing
 
 EVERY = 50  # steps between two looks at the layers' inputs
-MODELS = 8  # held at once: when another comes, the one that rested longest is judged and let go
+MODELS = 64  # watched at once: when another comes, the one that rested longest is judged and let go
 
 
 class Watch:
@@ -155,7 +155,7 @@ class Watch:
         whole = [root for root in self._roots if not isinstance(root.module, Norm)]
         if len(whole) >= MODELS:
             oldest = min(whole, key=lambda root: root.last)
-            self._let_go(oldest)
+            self._let_go(oldest, until=self._steps)
             # it may go on, and is not met again
             self._roles = {
                 k: NOTHING if oldest in role else role for k, role in self._roles.items()
@@ -174,9 +174,12 @@ class Watch:
             # a part may be held, and be met again
             self._roles = {k: role for k, role in self._roles.items() if root not in role}
 
-    def _let_go(self, root: Observed) -> None:
+    def _let_go(self, root: Observed, until: int | None = None) -> None:
         # its own forward is not run, as a graph would: the training goes on
-        self._done.append(self._judge(root, graph=False))
+        judged = self._judge(root, graph=False)
+        if until is not None:  # it may go on
+            judged.name += f", watched until step {until}: more than {MODELS} models"
+        self._done.append(judged)
         self._roots.remove(root)
         for groups in self._optimizers:
             groups.roots = [other for other in groups.roots if other is not root]

@@ -40,7 +40,7 @@ def batch_norm(
 ) -> Tensor:
     """Normalize x: (N, C, *spatial); see `batchnorm.batch_norm` for the equations."""
     plain = residual is None and activation is None and pool is None
-    if plain and training and native.sooner_by_torch(x, running_mean, weight, bias):
+    if plain and training and native.sooner_by_torch(x, running_mean, running_var, weight, bias):
         # past F.batch_norm, whose checks functional has made
         return torch.batch_norm(
             x, weight, bias, running_mean, running_var, training, momentum, eps, False

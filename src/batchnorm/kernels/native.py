@@ -82,7 +82,11 @@ def fits(
 
 
 def sooner_by_torch(
-    x: Tensor, running_mean: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> bool:
     """Whether torch's operator, whose node in the graph is C++, is faster here and as accurate.
 
@@ -97,6 +101,11 @@ def sooner_by_torch(
         (weight is not None and weight.dtype is not torch.float32)
         or (bias is not None and bias.dtype is not torch.float32)
         or (running_mean is not None and running_mean.dtype is not torch.float32)
+    ):
+        return False
+    # what torch refuses and the kernels take, they take at every size
+    if (running_mean is None) is not (running_var is None) or any(
+        each is not None and each.dim() != 1 for each in (running_mean, running_var, weight, bias)
     ):
         return False
     layout = layout_of(x)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from batchnorm.errors import BatchNormError
@@ -148,8 +149,14 @@ def sign_flip(values: Sequence[float], null: float = 0.0) -> float:
     data = np.asarray(values, dtype=float) - null
     if len(data) < 2 or not np.any(data):
         return 1.0
+    data /= np.abs(data).max()
+
+    def mean(signed: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        # sums of the same numbers in another order differ in their last digits, and are ties
+        return np.asarray(np.round(signed.mean(axis=axis), 12))
+
     found = stats.permutation_test(
-        (data,), np.mean, permutation_type="samples", n_resamples=RESAMPLES,
+        (data,), mean, permutation_type="samples", n_resamples=RESAMPLES,
         rng=np.random.default_rng(0),
     )  # fmt: skip
     return float(found.pvalue)

@@ -1,6 +1,9 @@
 """A study's charts: its curves with bands and each seed's line, and its grid as a heat map."""
 
+import json
 import statistics
+import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +18,7 @@ AXES = ("epoch", "step", "depth", "batch_size")  # what curves are drawn against
 UNIT = {"low": 15, "middle": 50, "high": 85}  # percentiles of what goes into one unit
 LAYER = {f"percentile {percent}": percent for percent in range(100)}  # into all units of a layer
 CURVES = ("test_accuracy", "recalibrated_test_accuracy", "train_loss")  # of a training
+NARROW = {"en": 10, "zh": 5}  # characters of a column's name in a line
 SHADES = ["#d6e6f4", "#08306b"]  # the same on white and on black: each cell is its own paper
 WHITE_FROM = 0.55  # of the way from the light shade to the dark one
 
@@ -44,12 +48,13 @@ def places(result: Result, words: Words) -> list[str]:
 
 
 def opening(result: Result, words: Words) -> str:
-    """The place that is shown first: where the first question looks at an arm, if anywhere."""
-    for question in result["questions"]:
-        for point in question["points"].values():
-            if (found := place(point, words)) in places(result, words):
-                return found
-    return places(result, words)[0]
+    """The place that is shown first: where the questions look at most arms, the first in the grid of such."""
+    looked = Counter(
+        place(point, words)
+        for question in result["questions"]
+        for point in question["points"].values()
+    )
+    return max(places(result, words), key=lambda where: looked[where])
 
 
 def curves(result: Result, words: Words) -> dict[str, Spec]:
@@ -152,10 +157,14 @@ def heat(result: Result, words: Words) -> tuple[str, Spec] | None:
     rows = _means(result, quantity, words)
     if not rows:
         return None
+    # a column's name takes as many lines as it needs: Vega would leave out every second one
+    width = NARROW[words.language]
+    lines = {name: textwrap.wrap(name, width) for name in labels(result, words).values()}
     low, high = min(r["mean"] for r in rows), max(r["mean"] for r in rows)
     base = alt.Chart(data(rows)).encode(
         x=alt.X("arm:N", title=None, sort=list(labels(result, words).values()),
-                axis=alt.Axis(labelAngle=0, orient="top", labelLimit=110)),
+                axis=alt.Axis(labelAngle=0, orient="top", labelLimit=0, labelOverlap=False,
+                             labelExpr=f"{json.dumps(lines, ensure_ascii=False)}[datum.label]")),
         y=alt.Y("place:N", title=None, sort=places(result, words), axis=alt.Axis(labelLimit=150)),
     )  # fmt: skip
     shades = alt.Scale(domain=[low, max(high, low + 1e-9)], range=SHADES, interpolate="rgb")

@@ -333,17 +333,18 @@ void moments(int dtype, bool rows, std::int64_t batch, std::int64_t channels, st
   kernels_of(job).moments(job);
 }
 
-// Whether in every channel of float values |mean| ≤ near · √var, and var is a float; not where either is
-// not finite.
+// Whether in every channel of float values |mean| ≤ near · √var, and their sum of squares is a float with
+// room to spare, as torch wants it; not where either is not finite.
 bool near_zero(bool rows, std::int64_t batch, std::int64_t channels, std::int64_t plane, Address x,
                double near) {
   std::vector<double> statistics(static_cast<std::size_t>(channels < 1 ? 0 : 3 * channels));
   moments(static_cast<int>(Dtype::float32), rows, batch, channels, plane, 1, x,
           reinterpret_cast<Address>(statistics.data()));
   const double *const mean = statistics.data(), *const var = mean + channels;
+  const double count = static_cast<double>(batch) * static_cast<double>(plane);
+  const double most = std::numeric_limits<float>::max() / (2 * (1 + near * near) * count);
   for (std::int64_t c = 0; c < channels; ++c)
-    if (!(mean[c] * mean[c] <= near * near * var[c] && var[c] <= std::numeric_limits<float>::max()))
-      return false;
+    if (!(mean[c] * mean[c] <= near * near * var[c] && var[c] <= most)) return false;
   return true;
 }
 

@@ -1,4 +1,7 @@
-"""How many epochs to a target: the accuracy at which the network without norms ends, or less."""
+"""How many epochs to a target.
+
+An arm that does not reach it counts as if it did at the end, so a difference may be larger than said.
+"""
 
 from batchnorm.lab.effects import Best, Difference, EpochsTo
 from batchnorm.lab.statistics import Rule
