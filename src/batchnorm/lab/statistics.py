@@ -116,7 +116,7 @@ def deciding_p(values: Sequence[float], rule: Rule) -> float | None:
     return sign_flip(values, violated)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
     """BCa bootstrap interval of the mean, at a level that is right for few values, too.
 
     A bootstrap of n values is too narrow: its variance lacks the factor n/(n−1), and it knows
@@ -132,7 +132,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     if n == 2 or np.ptp(data) == 0:
         # nothing to resample: BCa is 0/0, and the range is all there is
         return float(data.min()), float(data.max())
-    t = stats.t.isf((1 - LEVEL) / 2, n - 1)
+    t = stats.t.isf((1 - level) / 2, n - 1)
     wide = 1 - 2 * stats.norm.sf(math.sqrt(n / (n - 1)) * t)
     found = stats.bootstrap(
         (data,), np.mean, confidence_level=wide, n_resamples=RESAMPLES, method="BCa",
