@@ -60,7 +60,7 @@ def test_it_says_the_verdicts_and_the_numbers_of_the_record(browser, tmp_path):
         assert page.get_by_role("row", name="It is sooner.").get_by_text("✗ contradicted").count()
         open_every(page)
         best = (
-            page.locator("details[data-study=study-1]")
+            page.locator("details[data-study=study-rates]")
             .get_by_role("row")
             .filter(has_text="learning rate 10")
         )
