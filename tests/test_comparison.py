@@ -14,6 +14,7 @@ from PIL import Image
 
 import batchnorm
 import tiny
+from batchnorm import BatchNormError
 from batchnorm.comparison import Comparison, report
 from batchnorm.lab.progress import Silent
 from batchnorm.lab.record import CELLS, read
@@ -78,6 +79,15 @@ def test_report_makes_everything_again_from_the_records_alone(folder, tmp_path):
     assert again.returncode == 0
     for name in FILES:
         assert (copy / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_four_tensors_are_data_in_python_too(tmp_path):
+    options = {"epochs": 1, "batch_size": 32, "out": tmp_path, "threads": 1}
+    data = tiny.images(64, 32)
+    result = batchnorm.compare("lenet", ["batch"], data=list(data), **options)
+    assert result.summary["batch"].test_accuracy is not None
+    with pytest.raises(BatchNormError, match="got as data a Tensor; wanted are four tensors"):
+        batchnorm.compare("lenet", ["batch"], data=data[0], **options)
 
 
 def test_from_python(tmp_path):

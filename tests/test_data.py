@@ -409,7 +409,7 @@ def test_whatever_else_a_function_returns_is_said_by_its_type(returns, given, ki
     with pytest.raises(BatchNormError) as caught:
         load(returns(lambda: given))
     assert str(caught.value) == (
-        f"the data function tiny:mine returned a {kind} and should return four tensors (train "
+        f"the data function tiny:mine returned a {kind}; wanted are four tensors (train "
         "images, train labels, test images, test labels) or two loaders."
     )
 

@@ -149,6 +149,14 @@ def test_a_bias_that_somebody_may_use_is_left(build):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+def test_a_model_that_never_ran_keeps_the_statistics_of_its_start():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    found = batchnorm.check(model, select="BN014", level="note", fix=True)
+    assert found.fixed
+    assert model[0].bias is None
+    assert not model[1].running_mean.any()
+
+
 def test_that_old_checkpoints_do_not_fit_is_said():
     model = network()
     old = copy.deepcopy(model.state_dict())

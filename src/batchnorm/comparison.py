@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.lab import grid, networks
-from batchnorm.lab.data import Images, Loaders
+from batchnorm.lab.data import Images, Loaders, gather
 from batchnorm.lab.progress import Progress
 from batchnorm.lab.record import Record, read
 from batchnorm.lab.summary import ArmSummary, summarize, write_summary, write_table
@@ -73,7 +73,7 @@ def compare(
     seeds: int = 1,
     epochs: int = 10,
     out: str | os.PathLike[str] | None = None,
-    data: str | Images | Loaders = "fashion-mnist",
+    data: str | Images | Loaders | Sequence[Any] = "fashion-mnist",
     data_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -96,7 +96,8 @@ def compare(
         epochs: passes over the training images.
         out: the folder of the record; by default one below `runs` that is named after the
             configuration, so that the same call goes on with the same record.
-        data: "fashion-mnist"; `package.module:function`; `Images`; or `Loaders`.
+        data: "fashion-mnist"; `package.module:function`; four tensors (train images, train labels,
+            test images, test labels), or `Images` of them; two loaders (train, test), or `Loaders`.
         data_dir: where Fashion-MNIST is looked for first.
         seed: the first seed.
         threads: of torch, by default as many as it uses now. Part of the configuration: numbers
@@ -118,6 +119,8 @@ def compare(
     """
     words = Words(language)
     fonts.family(words)  # said before the training, not after it
+    if not isinstance(data, str):
+        data = gather(data, "compare got as data")
     common, build = grid.configure(network, data, epochs, threads, initialization, options)
     plan = grid.plan(common, arms, range(seed, seed + seeds))
     folder = Path(out) if out is not None else grid.default_folder(common)

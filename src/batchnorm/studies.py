@@ -73,7 +73,7 @@ def run(request: Request) -> Judged:
     """
     if request.tensorboard is not None:
         events.check()
-    words, errors = Words(request.language), Console(stderr=True, highlight=False)
+    words, errors = Words(request.language), Console(stderr=True, highlight=False, emoji=False)
     found = [library.find(name) for name in request.names]
     planned = {s.name: s.cells(request.size, seeds=request.seeds, data=request.data) for s in found}
     processes = engine.default_processes() if request.processes is None else request.processes
@@ -82,6 +82,8 @@ def run(request: Request) -> Judged:
     workers = Workers(processes, request.cluster)
     with _alone(request):
         configs = [each.config for cells in planned.values() for each in cells]
+        if not errors.is_terminal:  # where no status is drawn
+            errors.print(words("timing"))
         with errors.status(words("timing")):
             plan = engine.plan(configs, request.folder, request.data_dir, workers)
         for study in found:
@@ -98,7 +100,7 @@ def run(request: Request) -> Judged:
         studies_page.report(request.folder, words)
         if request.tensorboard is not None:
             events.of_results(judged, request.tensorboard)
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     for result in judged:
         console.print(grids.verdicts(result, words))
     console.print(words("results are in", folder=request.folder), soft_wrap=True, markup=False)
@@ -141,7 +143,7 @@ def recalibration(
     language: str,
 ) -> Study:
     """Measure the seeds that the folder lacks, draw `dumbbell.svg`, print the table."""
-    words, console = Words(language), Console(highlight=False)
+    words, console = Words(language), Console(highlight=False, emoji=False)
     fonts.family(words)  # said before the training, not after it
     for name, value in (("seeds", seeds), ("epochs", epochs)):
         if value < 1:
@@ -156,7 +158,7 @@ def recalibration(
         train_images=train_images,
         threads=threads if threads is not None else torch.get_num_threads(),
     )
-    errors = Console(stderr=True, highlight=False)
+    errors = Console(stderr=True, highlight=False, emoji=False)
 
     def told(seed: int, rescues: Sequence[Rescue]) -> None:
         numbers = ", ".join(f"{r.condition} {r.before:.3f} → {r.after:.3f}" for r in rescues)

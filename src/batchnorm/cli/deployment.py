@@ -76,7 +76,7 @@ def recalibrate(
     """Give a checkpoint's batch norm the statistics of the data."""
     from batchnorm import deployment
 
-    with Console(stderr=True).status("reading") as status:
+    with Console(stderr=True, emoji=False).status("reading") as status:
         account = deployment.recalibrate(
             model, checkpoint, data, to,
             samples=samples, exact=exact, prior=prior,

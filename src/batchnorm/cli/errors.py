@@ -14,7 +14,7 @@ from batchnorm.errors import BatchNormError, lacking
 @contextlib.contextmanager
 def said() -> Iterator[None]:
     """What a user can mend is said in a line, with exit status 2; an interruption has its own."""
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     try:
         yield
     except BatchNormError as error:

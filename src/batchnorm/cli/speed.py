@@ -51,7 +51,7 @@ def bench(
     counts = None if threads is None else tuple(_counts(threads))
     asked = None if settings is None else tuple(names(settings) or ())
     speeds.refuse(picture, page, dtype)
-    with Console(stderr=True).status("measuring") as status:
+    with Console(stderr=True, emoji=False).status("measuring") as status:
         report = benching.bench(
             settings=asked, threads=counts, dtype=dtype, rounds=rounds, compiled=compiled,
             quick=quick, told=lambda row: status.update(str(row)),

@@ -94,6 +94,11 @@ def load(spec: str, data_dir: Path | None = None) -> Images | Loaders:
         raise BatchNormError(
             f"the data function {spec} raised {brief(error)}. Call it by itself to see where."
         ) from error
+    return gather(found, f"the data function {spec} returned")
+
+
+def gather(found: Any, said: str) -> Images | Loaders:
+    """Four tensors or two loaders by their names; `said` begins the error about anything else."""
     match found:
         case Images() | Loaders():
             return found
@@ -102,8 +107,8 @@ def load(spec: str, data_dir: Path | None = None) -> Images | Loaders:
         case (train, test) if _is_loader(train) and _is_loader(test):
             return Loaders(train, test)
     raise BatchNormError(
-        f"the data function {spec} returned a {type(found).__name__} and should return four "
-        "tensors (train images, train labels, test images, test labels) or two loaders."
+        f"{said} a {type(found).__name__}; wanted are four tensors (train images, train labels, "
+        "test images, test labels) or two loaders."
     )
 
 

@@ -26,7 +26,7 @@ class Console:
 
     def __init__(self, words: Words | None = None, *, quiet: bool = False) -> None:
         self._words = words or Words()
-        self._console = rich.console.Console(stderr=True, quiet=quiet, highlight=False)
+        self._console = rich.console.Console(stderr=True, quiet=quiet, highlight=False, emoji=False)
         self._notebook: DisplayHandle | None = None
         self._drawn = 0.0
         in_notebook = self._console.is_jupyter
@@ -153,7 +153,7 @@ def table(record: Record, words: Words) -> Table:
 
 def show(record: Record, words: Words) -> None:
     """Print the verdict, the table, and where the files are."""
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, emoji=False)
     console.print(table(record, words))
     for sentence in verdict(record, words):
         console.print(sentence, markup=False)

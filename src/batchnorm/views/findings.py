@@ -13,7 +13,7 @@ LAYERS = 5  # of a rule that are shown; the rest are counted
 
 def show(found: Findings, *, stderr: bool = False, whole: bool = False) -> None:
     """Print the headline, each rule with its layers, and the remedy once a rule."""
-    console = rich.console.Console(stderr=stderr, highlight=False, soft_wrap=True)
+    console = rich.console.Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
     worst = COLOURS[found.worst] if found.worst is not None else "green"
     console.print(Text(found.headline, style=worst))
     for line in found.preface:
@@ -51,7 +51,7 @@ def _code(console: rich.console.Console, code: str) -> None:
 
 def explain(rule: Rule) -> None:
     """Print a rule's page."""
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, emoji=False)
     console.print(f"[bold]{rule.identifier}[/] {rule.level}: [bold]{escape(rule.title)}[/]\n")
     for paragraph in rule.explanation.split("\n\n"):
         console.print(" ".join(paragraph.split()) + "\n", markup=False)

@@ -26,7 +26,7 @@ class Board:
 
     def __init__(self, words: Words) -> None:
         self._words = words
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, emoji=False)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -13,7 +13,7 @@ WORDS = {"layer", "kind", "mode", "between", "health"}  # the other columns are 
 
 def show(found: Summary) -> None:
     """Print a row a layer."""
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, emoji=False)
     if len(found):
         console.print(_table(found))
     for line in (found.headline, *found.notes):

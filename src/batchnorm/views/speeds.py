@@ -115,7 +115,7 @@ def _overhead(title: str, rows: list[Row]) -> Block:
 
 def show(report: Report) -> None:
     """Print where it was measured, the tables, and what is slower than torch."""
-    console = rich.console.Console(highlight=False)
+    console = rich.console.Console(highlight=False, emoji=False)
     for line in heading(report):
         console.print(line, markup=False, soft_wrap=True)
     for block in blocks(report):

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from batchnorm.checks.findings import Level
 from batchnorm.checks.rules import Evidence, Left, rule
-from batchnorm.checks.rules.state import evaluated_in_training_mode
+from batchnorm.checks.rules.state import evaluated_in_training_mode, untrained
 from batchnorm.checks.subject import Layer, Subject, parameters_of
 from batchnorm.model.tracing import Call, Traced, trace
 
@@ -72,8 +72,8 @@ def _drop_bias(subject: Subject, name: str) -> str:
     if not _feeds_it_alone_in_both_modes(subject, layer):
         raise Left("that nothing else uses the bias cannot be seen from the graph in both modes")
     bias = before.bias
-    # running_mean is the mean of what comes in: without the bias it is smaller by it
-    if layer.running_mean is not None:
+    # running_mean is the mean of what came in: without the bias it is smaller by it
+    if layer.running_mean is not None and not untrained(layer):
         layer.running_mean.sub_(bias.detach().to(layer.running_mean.dtype))
     before.register_parameter("bias", None)
     for optimizer in subject.optimizers:
