@@ -273,7 +273,7 @@ def training_while_evaluated(subject: Subject) -> Iterator[Evidence]:
     passes without gradients in training mode where fewer than a tenth as many were in evaluation
     mode, or where several such passes stood between two steps, with no evaluation beside them, more
     often than an evaluation did: one test at the end does not make ten validations right. Single
-    passes now and then (a GAN's sample images) and those that take the statistics anew, by torch's
+    passes now and then (a GAN's sample images; a validation of one batch, too) and those that take the statistics anew, by torch's
     `update_bn` or by hand before an evaluation, do not count.
     """
     if not subject.model.training:
@@ -352,7 +352,9 @@ def freeze_undone(subject: Subject) -> Iterator[Evidence]:
 
     Seen in a training: a layer that stood in evaluation mode at one step stands in training mode at
     a later one, and its weight took a gradient at both or at neither (who unfreezes layer by layer
-    switches gradients on, too). In a model at rest it is a note: the script may repeat `layer.eval()` every epoch.
+    switches gradients on, too). An `eval()` that a `train()` before the first step undoes leaves no
+    trace, and is not seen. In a model at rest it is a note: the script may repeat `layer.eval()`
+    every epoch.
     """
     seen = subject.training
     if seen is not None:
