@@ -110,6 +110,15 @@ class Slow(nn.Module):
         return x
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C reaches us where the tests run in a shell's background, too, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_accumulate_leaves_no_thread_behind():
     norms = [batchnorm.BatchNorm1d(3) for _ in range(3)]
     model = nn.Sequential(norms[0], Slow(), norms[1], norms[2])
