@@ -206,6 +206,21 @@ def test_progress_in_a_log_is_a_line_an_evaluation(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_bar_ends_with_the_last_evaluation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    cell = records.write(tmp_path).of("batch")[0]
+    with Console() as console:
+        console.start(cell.config, 2350, 0)
+        console.step(cell.config, 10, 2.0, 0.2, 20_000.0)
+        for evaluation in cell.evaluations:
+            console.evaluation(cell.config, evaluation)
+    last = [line for line in capsys.readouterr().err.splitlines() if "seed 0" in line][-1]
+    numbers = (cell.last.test_accuracy, cell.last.recalibrated_test_accuracy)
+    assert "test " + " ".join(f"{number:.3f}".removeprefix("0") for number in numbers) in last
+    assert f" {cell.last.epoch:.1f}/{cell.config.epochs} loss 2.000" in last
+
+
 def test_a_notebook_shows_the_verdict_and_the_table(tmp_path):
     comparison = Comparison(records.write(tmp_path, network="m:<script>"))
     shown = comparison._repr_html_()

@@ -1,7 +1,7 @@
 """The terminal: progress on standard error, the table on standard output."""
 
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -43,6 +43,7 @@ class Console:
         self._tasks: dict[CellConfig, TaskID] = {}
         self._evaluations: dict[CellConfig, Evaluation] = {}
         self._steps_per_epoch: dict[CellConfig, int] = {}
+        self._latest: dict[CellConfig, tuple[float, float, float | None]] = {}
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -69,22 +70,23 @@ class Console:
     def step(
         self, config: CellConfig, step: int, loss: float, accuracy: float, speed: float | None
     ) -> None:
+        self._latest[config] = (loss, accuracy, speed)
         if self._live and step % EVERY == 0:
-            epoch = f"{step / self._steps_per_epoch[config]:.1f}/{config.epochs}"
-            numbers = f"{epoch} {self._moving(config, loss, accuracy, speed)}"
-            self._update(config, completed=step, numbers=numbers)
+            self._advance(config, step)
 
     def evaluation(self, config: CellConfig, evaluation: Evaluation) -> None:
         self._evaluations[config] = evaluation
         if self._live:
-            if config in self._tasks:
-                self._update(config, completed=evaluation.step)
+            if config in self._latest:
+                self._advance(config, evaluation.step)
         else:
             line = f"{self._name(config)}: {self._whole(evaluation)}"
             self._console.print(line, soft_wrap=True)
 
-    def _update(self, config: CellConfig, **fields: Any) -> None:
-        self._bars.update(self._tasks[config], **fields)
+    def _advance(self, config: CellConfig, step: int) -> None:
+        epoch = f"{step / self._steps_per_epoch[config]:.1f}/{config.epochs}"
+        numbers = f"{epoch} {self._moving(config, *self._latest[config])}"
+        self._bars.update(self._tasks[config], completed=step, numbers=numbers)
         if self._notebook is not None and time.monotonic() - self._drawn > NOTEBOOK_SECONDS:
             self._drawn = time.monotonic()
             self._notebook.update(self._bars)
