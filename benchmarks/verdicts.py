@@ -4,7 +4,7 @@
 
 The note has a place for each study, `<!-- verdict NAME --> … <!-- /verdict NAME -->`; what the
 folder's `verdicts.json` lacks keeps what stands in its place. README has one for all of the note's
-claims, `<!-- verdicts -->`.
+claims, `<!-- verdicts -->`, which is filled where none of them is lacking.
 """
 
 import argparse
@@ -84,13 +84,17 @@ def fill(page: Path, verdicts: dict[str, Any], language: str) -> list[str]:
 def table(verdicts: dict[str, Any], language: str) -> str:
     """A row a claim of the note: how many of its questions ended how, and the study."""
     rows = []
-    for name in studies.NAMES:
-        if name in verdicts and studies.find(name).source.startswith("the note"):
-            found = verdicts[name]
-            ends = Counter(question["verdict"] for question in found["questions"])
-            counts = (str(ends[outcome] or "–") for outcome in OUTCOMES)
-            rows.append((found["claim"][language], *counts, f"`{name}`"))
+    for name in of_the_note():
+        found = verdicts[name]
+        ends = Counter(question["verdict"] for question in found["questions"])
+        counts = (str(ends[outcome] or "–") for outcome in OUTCOMES)
+        rows.append((found["claim"][language], *counts, f"`{name}`"))
     return markdown.table(HEADER[language], rows)
+
+
+def of_the_note() -> list[str]:
+    """The studies of the note's own claims."""
+    return [name for name in studies.NAMES if studies.find(name).source.startswith("the note")]
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -111,6 +115,9 @@ def main() -> None:
     verdicts = read(parser.parse_args().folder)
     for page, language in NOTES.items():
         print(f"{page.name}: {', '.join(fill(page, verdicts, language))}")
+    if missing := [name for name in of_the_note() if name not in verdicts]:
+        print(f"README stays as it is: it wants all of the note's, and lacks {', '.join(missing)}")
+        return
     for page, language in READMES.items():
         markdown.refresh(page, "verdicts", table(verdicts, language))
 

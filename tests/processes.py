@@ -1,9 +1,12 @@
 """Python, and the commands, started anew."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parent
 
@@ -23,3 +26,11 @@ def python(code, **environment):
 def command(*arguments, cwd=HERE, **options):
     """`batchnorm ARGUMENTS`, by default in this folder, whose modules it can import."""
     return run("-m", "batchnorm", *map(str, arguments), timeout=300, cwd=cwd, **options)
+
+
+@pytest.fixture
+def interruptible():
+    """In the background a shell makes its children, and theirs, ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -19,7 +19,7 @@ from batchnorm.comparison import Comparison, report
 from batchnorm.lab.progress import Silent
 from batchnorm.lab.record import CELLS, read
 from commands import result_of
-from processes import HERE, command, python
+from processes import HERE, command, interruptible, python  # noqa: F401  # one is a fixture
 from trained import contents
 
 FILES = {
@@ -112,14 +112,6 @@ def kill_when(process, folder, lines, signal_number):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal_number)
-
-
-@pytest.fixture
-def interruptible():
-    """In the background a shell makes its children, and theirs, ignore Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

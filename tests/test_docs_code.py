@@ -131,11 +131,29 @@ def test_a_verdict_is_put_into_its_place(language, rows, tmp_path):
 
 
 def test_the_note_s_claims_are_counted():
+    every = dict.fromkeys(verdicts.of_the_note(), FOUND["linear"])
     papers = {"only-norms": FOUND["linear"]}
-    header, _, *rows = verdicts.table(FOUND | papers, "en").splitlines()
+    header, _, *rows = verdicts.table(every | papers, "en").splitlines()
     assert header.startswith("| the note's claim | supported | contradicted | inconclusive |")
-    assert rows == ["| It is linear. | 1 | – | 1 | `linear` |"]
-    assert verdicts.table(FOUND, "zh").splitlines()[2] == "| 它是线性的。 | 1 | – | 1 | `linear` |"
+    assert rows == [f"| It is linear. | 1 | – | 1 | `{name}` |" for name in every]
+    assert "linear" in every
+    assert "| 它是线性的。 | 1 | – | 1 | `linear` |" in verdicts.table(every, "zh")
+
+
+def test_a_part_of_the_studies_leaves_the_readme(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- verdicts -->\nold\n<!-- /verdicts -->\n")
+    monkeypatch.setattr(verdicts, "NOTES", {})
+    monkeypatch.setattr(verdicts, "READMES", {page: "en"})
+    monkeypatch.setattr("sys.argv", ["verdicts.py", str(tmp_path)])
+    (tmp_path / "verdicts.json").write_text(json.dumps(FOUND))
+    verdicts.main()
+    assert "lacks learning-rate" in capsys.readouterr().out
+    assert "old" in page.read_text()
+    every = dict.fromkeys(verdicts.of_the_note(), FOUND["linear"])
+    (tmp_path / "verdicts.json").write_text(json.dumps(every))
+    verdicts.main()
+    assert "| It is linear. | 1 | – | 1 | `axes` |" in page.read_text()
 
 
 def test_a_rate_at_the_end_of_what_was_tried_is_marked():

@@ -10,6 +10,7 @@ from torch import nn
 
 import batchnorm
 from batchnorm import BatchNormError
+from processes import interruptible  # noqa: F401  # a fixture
 
 
 class Viewed(nn.Module):
@@ -108,14 +109,6 @@ class Slow(nn.Module):
             signal.pthread_kill(threading.main_thread().ident, self.interrupt.pop())
         time.sleep(0.3)
         return x
-
-
-@pytest.fixture
-def interruptible():
-    """Ctrl-C reaches us where the tests run in a shell's background, too, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

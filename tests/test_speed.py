@@ -340,6 +340,7 @@ def test_the_picture_is_the_same_for_the_same_rows(tmp_path):
         (["--picture", "x.gif"], "--picture x.gif should end in one of .svg, .png, .pdf"),
         (["--markdown", "README.md", "--dtype", "float64"], "has no place for this table"),
         (["--markdown", "nowhere.md"], "No such file or directory (nowhere.md)"),
+        (["--markdown", "README.md", "--compile"], "<!-- bench float32 compiled -->"),
     ],
 )
 @pytest.mark.usefixtures("at_once")

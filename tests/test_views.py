@@ -16,6 +16,7 @@ from batchnorm.lab.summary import mean_curve
 from batchnorm.views import animation, curves, fonts, verdict
 from batchnorm.views.console import Console, table
 from batchnorm.views.lines import accuracy_lines
+from batchnorm.views.terminal import terminal
 from batchnorm.views.words import LANGUAGES, PHRASES, Words
 
 EN, ZH = Words("en"), Words("zh")
@@ -204,6 +205,11 @@ def test_progress_in_a_log_is_a_line_an_evaluation(tmp_path, capsys):
         console.start(cell.config, 2350, 0)
         console.evaluation(cell.config, cell.last)
     assert capsys.readouterr().err == ""
+
+
+def test_names_are_printed_as_they_are(capsys):
+    terminal(soft_wrap=True).print("there is no checkpoint a:x:b.pt, and no layer :fire:")
+    assert capsys.readouterr().out == "there is no checkpoint a:x:b.pt, and no layer :fire:\n"
 
 
 def test_a_bar_ends_with_the_last_evaluation(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from batchnorm.errors import BatchNormError
@@ -19,6 +18,7 @@ from batchnorm.lab.studies import recalibration as rescue
 from batchnorm.lab.studies.recalibration import Rescue, Study, StudyConfig
 from batchnorm.lab.summary import Spread
 from batchnorm.views import dumbbell, events, fonts, grids, studies_page
+from batchnorm.views.terminal import terminal
 from batchnorm.views.verdict import number
 from batchnorm.views.words import Words
 
@@ -73,7 +73,7 @@ def run(request: Request) -> Judged:
     """
     if request.tensorboard is not None:
         events.check()
-    words, errors = Words(request.language), Console(stderr=True, highlight=False, emoji=False)
+    words, errors = Words(request.language), terminal(stderr=True)
     found = [library.find(name) for name in request.names]
     planned = {s.name: s.cells(request.size, seeds=request.seeds, data=request.data) for s in found}
     processes = engine.default_processes() if request.processes is None else request.processes
@@ -100,7 +100,7 @@ def run(request: Request) -> Judged:
         studies_page.report(request.folder, words)
         if request.tensorboard is not None:
             events.of_results(judged, request.tensorboard)
-    console = Console(highlight=False, emoji=False)
+    console = terminal()
     for result in judged:
         console.print(grids.verdicts(result, words))
     console.print(words("results are in", folder=request.folder), soft_wrap=True, markup=False)
@@ -143,7 +143,7 @@ def recalibration(
     language: str,
 ) -> Study:
     """Measure the seeds that the folder lacks, draw `dumbbell.svg`, print the table."""
-    words, console = Words(language), Console(highlight=False, emoji=False)
+    words, console = Words(language), terminal()
     fonts.family(words)  # said before the training, not after it
     for name, value in (("seeds", seeds), ("epochs", epochs)):
         if value < 1:
@@ -158,7 +158,7 @@ def recalibration(
         train_images=train_images,
         threads=threads if threads is not None else torch.get_num_threads(),
     )
-    errors = Console(stderr=True, highlight=False, emoji=False)
+    errors = terminal(stderr=True)
 
     def told(seed: int, rescues: Sequence[Rescue]) -> None:
         numbers = ", ".join(f"{r.condition} {r.before:.3f} → {r.after:.3f}" for r in rescues)

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from batchnorm.cli.arguments import WEIGHTS, Json, Weights
 from batchnorm.cli.errors import said
+from batchnorm.views.terminal import terminal
 
 Model = Annotated[
     str,
@@ -76,7 +76,7 @@ def recalibrate(
     """Give a checkpoint's batch norm the statistics of the data."""
     from batchnorm import deployment
 
-    with Console(stderr=True, emoji=False).status("reading") as status:
+    with terminal(stderr=True).status("reading") as status:
         account = deployment.recalibrate(
             model, checkpoint, data, to,
             samples=samples, exact=exact, prior=prior,

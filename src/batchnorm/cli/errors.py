@@ -6,15 +6,15 @@ import signal
 from collections.abc import Iterator
 
 import typer
-from rich.console import Console
 
 from batchnorm.errors import BatchNormError, lacking
+from batchnorm.views.terminal import terminal
 
 
 @contextlib.contextmanager
 def said() -> Iterator[None]:
     """What a user can mend is said in a line, with exit status 2; an interruption has its own."""
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+    errors = terminal(stderr=True, soft_wrap=True)
     try:
         yield
     except BatchNormError as error:

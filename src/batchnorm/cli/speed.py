@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from batchnorm.cli.arguments import names
 from batchnorm.cli.errors import said
 from batchnorm.errors import BatchNormError
+from batchnorm.views.terminal import terminal
 
 
 @said()
@@ -38,7 +38,11 @@ def bench(
     picture: Annotated[Path | None, typer.Option(help="Draw it: .svg, .png or .pdf.")] = None,
     page: Annotated[
         Path | None,
-        typer.Option("--markdown", help="Put the tables into this page, at <!-- bench DTYPE -->."),
+        typer.Option(
+            "--markdown",
+            help="Put the tables into this page, at <!-- bench DTYPE -->, "
+            "or <!-- bench DTYPE compiled -->.",
+        ),
     ] = None,
 ) -> None:
     """Our kernels beside torch's on this machine, and beside what memory allows.
@@ -50,8 +54,8 @@ def bench(
 
     counts = None if threads is None else tuple(_counts(threads))
     asked = None if settings is None else tuple(names(settings) or ())
-    speeds.refuse(picture, page, dtype)
-    with Console(stderr=True, emoji=False).status("measuring") as status:
+    speeds.refuse(picture, page, speeds.place(dtype, compiled=compiled))
+    with terminal(stderr=True).status("measuring") as status:
         report = benching.bench(
             settings=asked, threads=counts, dtype=dtype, rounds=rounds, compiled=compiled,
             quick=quick, told=lambda row: status.update(str(row)),

@@ -97,17 +97,12 @@ def sooner_by_torch(
         return False
     if x.dtype is not torch.float32 or not _plain(x) or not x.is_contiguous():
         return False
-    if (
-        (weight is not None and weight.dtype is not torch.float32)
-        or (bias is not None and bias.dtype is not torch.float32)
-        or (running_mean is not None and running_mean.dtype is not torch.float32)
-    ):
-        return False
     # what torch refuses and the kernels take, they take at every size
-    if (running_mean is None) is not (running_var is None) or any(
-        each is not None and each.dim() != 1 for each in (running_mean, running_var, weight, bias)
-    ):
+    if (running_mean is None) is not (running_var is None):
         return False
+    for each in (running_mean, running_var, weight, bias):
+        if each is not None and (each.dtype is not torch.float32 or each.dim() != 1):
+            return False
     layout = layout_of(x)
     return layout is not None and bool(_cpu.near_zero(*layout, x.data_ptr(), NEAR))
 

@@ -3,12 +3,12 @@
 import time
 from typing import TYPE_CHECKING, Self
 
-import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from batchnorm.lab.record import CellConfig, Done, Evaluation, Record
 from batchnorm.lab.summary import ArmSummary, summarize
+from batchnorm.views.terminal import terminal
 from batchnorm.views.verdict import figure, number, verdict
 from batchnorm.views.words import Words
 
@@ -26,7 +26,7 @@ class Console:
 
     def __init__(self, words: Words | None = None, *, quiet: bool = False) -> None:
         self._words = words or Words()
-        self._console = rich.console.Console(stderr=True, quiet=quiet, highlight=False, emoji=False)
+        self._console = terminal(stderr=True, quiet=quiet)
         self._notebook: DisplayHandle | None = None
         self._drawn = 0.0
         in_notebook = self._console.is_jupyter
@@ -155,7 +155,7 @@ def table(record: Record, words: Words) -> Table:
 
 def show(record: Record, words: Words) -> None:
     """Print the verdict, the table, and where the files are."""
-    console = rich.console.Console(highlight=False, emoji=False)
+    console = terminal()
     console.print(table(record, words))
     for sentence in verdict(record, words):
         console.print(sentence, markup=False)

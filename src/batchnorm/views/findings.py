@@ -6,6 +6,7 @@ from rich.text import Text
 
 from batchnorm.checks.findings import Finding, Findings, Level
 from batchnorm.checks.rules import Rule
+from batchnorm.views.terminal import terminal
 
 COLOURS = {Level.ERROR: "bold red", Level.WARNING: "yellow", Level.NOTE: "cyan"}
 LAYERS = 5  # of a rule that are shown; the rest are counted
@@ -13,7 +14,7 @@ LAYERS = 5  # of a rule that are shown; the rest are counted
 
 def show(found: Findings, *, stderr: bool = False, whole: bool = False) -> None:
     """Print the headline, each rule with its layers, and the remedy once a rule."""
-    console = rich.console.Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+    console = terminal(stderr=stderr, soft_wrap=True)
     worst = COLOURS[found.worst] if found.worst is not None else "green"
     console.print(Text(found.headline, style=worst))
     for line in found.preface:
@@ -51,7 +52,7 @@ def _code(console: rich.console.Console, code: str) -> None:
 
 def explain(rule: Rule) -> None:
     """Print a rule's page."""
-    console = rich.console.Console(highlight=False, emoji=False)
+    console = terminal()
     console.print(f"[bold]{rule.identifier}[/] {rule.level}: [bold]{escape(rule.title)}[/]\n")
     for paragraph in rule.explanation.split("\n\n"):
         console.print(" ".join(paragraph.split()) + "\n", markup=False)

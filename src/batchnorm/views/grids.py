@@ -3,7 +3,6 @@
 import time
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -16,6 +15,7 @@ from rich.table import Table
 from batchnorm.lab.engine import Plan
 from batchnorm.lab.results import Result
 from batchnorm.lab.study import Config
+from batchnorm.views.terminal import terminal
 from batchnorm.views.words import Words
 
 LINES = 10  # of progress, where there is no terminal to draw a bar on
@@ -26,7 +26,7 @@ class Board:
 
     def __init__(self, words: Words) -> None:
         self._words = words
-        self._console = Console(stderr=True, highlight=False, emoji=False)
+        self._console = terminal(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -3,17 +3,17 @@
 import json
 from dataclasses import asdict
 
-import rich.console
 from rich.table import Table
 
 from batchnorm.model.inventory import Summary
+from batchnorm.views.terminal import terminal
 
 WORDS = {"layer", "kind", "mode", "between", "health"}  # the other columns are numbers
 
 
 def show(found: Summary) -> None:
     """Print a row a layer."""
-    console = rich.console.Console(highlight=False, emoji=False)
+    console = terminal()
     if len(found):
         console.print(_table(found))
     for line in (found.headline, *found.notes):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import rich.console
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,6 +18,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.speed.cases import FUSIONS, OVERHEAD, PASSES
 from batchnorm.speed.rows import Report, Row
 from batchnorm.views import markdown
+from batchnorm.views.terminal import terminal
 
 INK = "#7a7a7a"  # as readable on white as on black: the picture has no background of its own
 LEAST_ROUNDS = 5  # from here on the sign test can find something
@@ -115,7 +115,7 @@ def _overhead(title: str, rows: list[Row]) -> Block:
 
 def show(report: Report) -> None:
     """Print where it was measured, the tables, and what is slower than torch."""
-    console = rich.console.Console(highlight=False, emoji=False)
+    console = terminal()
     for line in heading(report):
         console.print(line, markup=False, soft_wrap=True)
     for block in blocks(report):
@@ -270,7 +270,12 @@ def save(report: Report, path: Path) -> None:
 PICTURES = (".svg", ".png", ".pdf")
 
 
-def refuse(picture: Path | None, page: Path | None, dtype: str) -> None:
+def place(dtype: str, *, compiled: bool) -> str:
+    """Of the tables, in a page."""
+    return f"bench {dtype} compiled" if compiled else f"bench {dtype}"
+
+
+def refuse(picture: Path | None, page: Path | None, where: str) -> None:
     """Say before the measurement, which takes long, what could not be written after it.
 
     Raises:
@@ -280,7 +285,7 @@ def refuse(picture: Path | None, page: Path | None, dtype: str) -> None:
         kinds = ", ".join(PICTURES)
         raise BatchNormError(f"--picture {picture} should end in one of {kinds}.")
     if page is not None:
-        markdown.find(page, f"bench {dtype}")
+        markdown.find(page, where)
 
 
 def write(report: Report, json_file: Path | None, picture: Path | None, page: Path | None) -> None:
@@ -290,4 +295,5 @@ def write(report: Report, json_file: Path | None, picture: Path | None, page: Pa
     if picture is not None:
         save(report, picture)
     if page is not None and report.status < 2:
-        markdown.refresh(page, f"bench {report.plan.dtype}", to_markdown(report))
+        where = place(report.plan.dtype, compiled=report.plan.compiled)
+        markdown.refresh(page, where, to_markdown(report))

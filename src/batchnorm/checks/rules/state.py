@@ -273,8 +273,8 @@ def training_while_evaluated(subject: Subject) -> Iterator[Evidence]:
     passes without gradients in training mode where fewer than a tenth as many were in evaluation
     mode, or where several such passes stood between two steps, with no evaluation beside them, more
     often than an evaluation did: one test at the end does not make ten validations right. Single
-    passes now and then (a GAN's sample images; a validation of one batch, too) and those that take the statistics anew, by torch's
-    `update_bn` or by hand before an evaluation, do not count.
+    passes now and then (a GAN's sample images; a validation of one batch, too) and those that take
+    the statistics anew, by torch's `update_bn` or by hand before an evaluation, do not count.
     """
     if not subject.model.training:
         for name, layer in subject.layers.items():

@@ -8,7 +8,7 @@ WITHOUT = Arm("none", Text("without BN", "无批量归一化"), {"arm": "none"})
 WITH = Arm("batch", Text("with BN", "有批量归一化"), {"arm": "batch"})
 
 # LeNet without norms is still at chance after 471 steps in batches of 64, at any rate, and has
-# learned after 1,564, two epochs of 50,000 images, at 0.3 (docs/laboratory.md). The rate decays, so
+# begun to learn after 1,564, two epochs of 50,000 images, at 0.3 (docs/laboratory.md). The rate decays, so
 # that the running statistics belong to the last weights; choices are made on other training images
 SMALL: dict[str, Any] = {
     "train_images": 50_000,
