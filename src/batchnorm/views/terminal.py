@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from rich.console import Console
+import rich.console
 
 
-def terminal(**options: Any) -> Console:
+def terminal(**options: Any) -> rich.console.Console:
     """Rich's, which prints names as they are: it colours no numbers, and makes no emoji of `:key:`."""
-    return Console(highlight=False, emoji=False, **options)
+    return rich.console.Console(highlight=False, emoji=False, **options)
